@@ -1,0 +1,48 @@
+"""Run notebooks in a real kernel and store their outputs, clean.
+
+    python .ci/refresh.py [--all] [NOTEBOOK ...]
+
+Without names: every notebook below nbs/. A cell flagged `slow`, `cuda` or `live` keeps its stored output; `--all` runs `slow` ones too,
+and `cuda` ones where there is a GPU.
+"""
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import torch
+from nbclient import NotebookClient
+from nbdev.clean import clean_nb, process_write
+from nbdev.config import get_config
+from nbdev.process import extract_directives
+
+
+def skipped(cell, flags):
+    "Whether a cell keeps its stored output."
+    if cell.cell_type != 'code': return True
+    told = extract_directives(cell, remove=False, lang='python')
+    return 'nbdev_export(' in cell.source or told.get('eval:', [''])[:1] == ['false'] or bool(flags & told.keys())
+
+
+def refresh(path, flags):
+    "Run one notebook from its own folder; a failing cell leaves the file as it was."
+    start, nb = time.time(), nbformat.read(path, 4)
+    todo = [cell for cell in nb.cells if not skipped(cell, flags)]
+    client = NotebookClient(nb, timeout=3600, resources={'metadata': {'path': str(path.parent)}})
+    with client.setup_kernel():
+        for i, cell in enumerate(nb.cells):
+            if cell in todo: client.execute_cell(cell, i)
+    nbformat.write(nb, path)
+    process_write(warn_msg='', proc_nb=clean_nb, f_in=path)
+    print(f'{path}: {len(todo)} cells, {time.time()-start:.1f} s', flush=True)
+
+
+def main(args):
+    "Refresh the notebooks named, or all of them."
+    flags = set(get_config().tst_flags.split())
+    if '--all' in args: flags -= {'slow'} | ({'cuda'} if torch.cuda.is_available() else set())
+    names = [Path(a).resolve() for a in args if a != '--all']
+    for path in names or sorted(p for p in Path('nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts): refresh(path, flags)
+
+
+if __name__ == '__main__': main(sys.argv[1:])
