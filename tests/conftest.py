@@ -1,0 +1,49 @@
+"What tests share: where real data lies, a small shop, the command line."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from imecd.histories import Interactions
+from imecd.shop import make_shop
+
+DATA = Path(os.environ.get('IMECD_DATA', 'data'))
+
+
+@pytest.fixture
+def real():
+    "A real data set by name, or a skip that says what is absent."
+    def find(name):
+        if not (DATA/name/'items.parquet').exists(): pytest.skip(f'no data set {name} below IMECD_DATA={DATA}')
+        return DATA/name
+    return find
+
+
+@pytest.fixture(scope='session')
+def shop(tmp_path_factory):
+    "A small shop without pictures."
+    return make_shop(tmp_path_factory.mktemp('shop')/'shop', n_users=400, n_items=100, pictures=False)
+
+
+@pytest.fixture
+def made():
+    "A data set of random histories with the given lengths."
+    def make(lengths, n_items=40, seed=0, ties=None):
+        g = np.random.default_rng(seed); lengths = np.asarray(lengths)
+        return Interactions(np.array([f'u{i:04}' for i in range(len(lengths))], object), pl.DataFrame({'item': [f'i{k}' for k in range(n_items)]}),
+                            g.integers(1, n_items+1, lengths.sum()).astype(np.int32), np.r_[0, np.cumsum(lengths)].astype(np.int64), ties, ties)
+    return make
+
+
+@pytest.fixture(scope='session')
+def imecd():
+    "Run the command as a user does: exit code, standard output, standard error."
+    def run(*args, **kw):
+        command = Path(sys.executable).with_name('imecd')
+        p = subprocess.run([str(command), *map(str, args)], capture_output=True, text=True, timeout=300, env={**os.environ, 'MPLBACKEND': 'Agg'}, **kw)
+        return p.returncode, p.stdout, p.stderr
+    return run
