@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Iterator, NamedTuple
 import numpy as np, torch
 from torch import Tensor
-from .core import PAD, COLOURS, ImecdError, label, new_axes, rng
+from .core import PAD, COLOURS, CYCLE, ImecdError, label, new_axes, rng
 from .histories import Split
 
 # %% auto #0
@@ -171,7 +171,7 @@ def plot_batch(
     rows = min(rows, len(batch.users)); ax = new_axes(ax, figsize=(7, .28*rows+1))
     for r in range(rows):
         lo, hi = int(batch.offsets[r]), int(batch.offsets[r+1]); asked = (batch.targets[lo:hi] != PAD).tolist()
-        ax.barh(r, [1]*(hi-lo), left=range(hi-lo), height=.8, edgecolor='white', color=[COLOURS['id'] if a else COLOURS['context'] for a in asked])
+        ax.barh(r, [1]*(hi-lo), left=range(hi-lo), height=.8, edgecolor='white', color=[CYCLE[0] if a else COLOURS['context'] for a in asked])
         ax.barh(r, 1, left=hi-lo, height=.8, edgecolor='white', color=COLOURS['mark'])
     ax.set_yticks(range(rows), batch.users[:rows].tolist()); ax.invert_yaxis(); ax.grid(False)
     return label(ax, 'Blue asks for the item to its right, grey is only read, red is the last target', 'position in the row', 'user')
@@ -239,7 +239,7 @@ def plot_padding(
 ): # the axis
     "How full the padded rectangles of an epoch are."
     ax = new_axes(ax, figsize=(7, 2))
-    for i, (name, values) in enumerate(share.items()):
-        ax.barh(i, 100*np.mean(values), color=COLOURS['id'], height=.7); ax.barh(i, 100-100*np.mean(values), left=100*np.mean(values), color=COLOURS['context'], height=.7)
+    for i, values in enumerate(share.values()):
+        ax.barh(i, 100*np.mean(values), color=CYCLE[0], height=.7); ax.barh(i, 100-100*np.mean(values), left=100*np.mean(values), color=COLOURS['context'], height=.7)
     ax.set_yticks(range(len(share)), list(share)); ax.invert_yaxis(); ax.set_xlim(0, 100)
     return label(ax, 'Blue is work on items, grey is work on padding', 'positions of the rectangles (%)', 'order of rows')

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import polars as pl
-from .core import COLOURS, ITEM, TIME, USER, ImecdError, label, new_axes, rng, whole_folder
+from .core import COLOURS, CYCLE, ITEM, TIME, USER, ImecdError, label, new_axes, rng, whole_folder
 from .goods import N_KINDS, N_LOOKS, THEMES, picture_table, plot_item, random_ids, save_pictures, write_text
 
 # %% auto #0
@@ -293,8 +293,8 @@ def plot_needs(
     shown, ax = np.unique(np.r_[need, theme]), new_axes(ax, figsize=(7, 2.6))
     need, theme = np.searchsorted(shown, need), np.searchsorted(shown, theme)
     ax.step(step+1, need, where='mid', color=COLOURS['context'], lw=1, label='need')
-    ax.plot(step[~odd]+1, theme[~odd], 'o', color=COLOURS['id'], ms=5, label='bought')
-    ax.plot(step[pair]+1, theme[pair], 'o', mfc='none', mec=COLOURS['id'], ms=9, label='companion')
+    ax.plot(step[~odd]+1, theme[~odd], 'o', color=CYCLE[0], ms=5, label='bought')
+    ax.plot(step[pair]+1, theme[pair], 'o', mfc='none', mec=CYCLE[0], ms=9, label='companion')
     ax.plot(step[odd]+1, theme[odd], 'X', color=COLOURS['mark'], ms=8, label='accident')
     ax.set_yticks(range(len(shown)), [list(THEMES)[k] for k in shown]); ax.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
     return label(ax, 'Needs come in runs; accidents do not fit', 'event of the history (number)', 'theme')

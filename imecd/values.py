@@ -80,7 +80,7 @@ def plot_units(
     for y, (name, scale) in enumerate((('seconds', 1), ('milliseconds', 1e3), ('microseconds', 1e6), ('nanoseconds', 1e9))):
         ax.plot(seconds*scale, [y, y], lw=9, color=CYCLE[0], solid_capstyle='butt')
         ax.text(seconds[0]*scale/1.6, y, name, ha='right', va='center', fontsize=8)
-    for edge in (1e11, 1e14, 1e17): ax.axvline(edge, color=CYCLE[3], ls='--', lw=1)
+    for edge in (1e11, 1e14, 1e17): ax.axvline(edge, color=CYCLE[1], ls='--', lw=1)
     ax.set(xscale='log', yticks=[], xlim=(1e5, 1e20), ylim=(3.6, -.6))
     return label(ax, f'{years[0]:.0f} to {years[1]:.0f} in four units; a threshold (dashed) lies in each gap', 'the number in the file')
 
@@ -94,7 +94,7 @@ def plot_instants(
     kept = frame.select(moment_of(pl.col('t')))['t'].to_numpy()/3.6e9
     lost = frame.select(moment_of(pl.col('t').str.slice(0, 19)))['t'].to_numpy()/3.6e9
     ax = new_axes(ax, figsize=(7, 2.2))
-    ax.scatter(lost-kept[0], range(len(kept)), marker='x', color=CYCLE[3], label='zone dropped')
+    ax.scatter(lost-kept[0], range(len(kept)), marker='x', color=CYCLE[1], label='zone dropped')
     ax.scatter(kept-kept[0], range(len(kept)), color=CYCLE[0], label='zone read')
     ax.set_yticks(range(len(kept)), list(texts)); ax.invert_yaxis(); ax.legend()
     return label(ax, 'With the zone, all spellings are one instant', 'hours from the first')

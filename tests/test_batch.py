@@ -41,7 +41,7 @@ def test_long_histories_ask_every_target_once(made, L):
     for b in d.epoch(0, 0): assert int(b.lengths.max()) <= L
     start = {u: int(o) for u, o in enumerate(data.offsets[:-1])}; seen = Counter()
     for b in d.epoch(0, 0):
-        for (u, h, t), lo in zip(rows(b), b.offsets[:-1].tolist()):
+        for _, h, t in rows(b):
             assert h[1:] == [x for x in t[:-1] if x] or t[0] == PAD
     w = d.windows
     for u, a, z, f in zip(w.users, w.start, w.stop, w.first):

@@ -6,9 +6,10 @@ import polars as pl
 import pytest
 
 from imecd.core import ImecdError
-from imecd.histories import (Interactions, arrange, content_hash, convert, encode_ids, k_core, last_tie_sizes, leave_one_out, load_interactions, statistics,
+from imecd.histories import (Interactions, arrange, content_hash, encode_ids, k_core, last_tie_sizes, leave_one_out, load_interactions, statistics,
                              time_split, tied_last)
 from imecd.interactions import Events
+from imecd.prepare import convert
 
 
 def events(**columns): return Events(pl.DataFrame(columns), {}, pl.DataFrame(), [])

@@ -1,0 +1,70 @@
+"""Measure everything and write bench/results.json and bench/results.md.
+
+    python bench/run.py [NAME ...]             names: convert batches knn ranking; all by default, the others keep their last result
+
+Every measurement runs in a process of its own. Ratios compare two things measured in one run on one machine; seconds alone say little elsewhere.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NAMES = ('convert', 'batches', 'knn', 'ranking')
+DATA_OF = {'batches': 'amazon14_toys', 'knn': 'amazon18_games'}
+
+
+def measure(name):
+    "Run one script; its JSON with where and when it was measured."
+    start = time.time(); call = [sys.executable, str(HERE/f'{name}.py')]
+    found = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    commit = subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    return {**found, 'command': f'python bench/{name}.py', 'threads': os.environ.get('OMP_NUM_THREADS', 'default'), 'date': time.strftime('%Y-%m-%d', time.gmtime(start)),
+            'commit': commit or None, 'cores': os.cpu_count(), 'processor': processor(), 'versions': {p: version(p) for p in ('torch', 'numpy', 'polars', 'pandas', 'scipy')}}
+
+
+def processor():
+    "The processor's own name where the system tells it."
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def page(results):
+    "results.md: a section a measurement."
+    lines = ['# Measurements', '', 'Written by `make bench`; the numbers behind it are in `results.json`.', '']
+    for name, r in results.items():
+        origin = f"`{r['command']}`, {r['date']}, commit {r['commit']}, {r['processor']}, {r['cores']} cores, OMP_NUM_THREADS {r['threads']}, " + ', '.join(f'{k} {v}' for k, v in r['versions'].items())
+        doc = (HERE/f'{name}.py').read_text().split('"""')[1].split('\n')[0]
+        lines += [f'## {name}', '', doc, '', *table(r), '', origin, '']
+    return '\n'.join(lines)
+
+
+def number(v): return f'{v:,.4g}' if isinstance(v, float) and abs(v) < 1000 else f'{v:,.0f}' if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
+
+
+def table(result):
+    "Nested results side by side, plain ones below each other."
+    skip = {'command', 'date', 'commit', 'cores', 'processor', 'versions', 'threads'}
+    sides = {k: v for k, v in result.items() if isinstance(v, dict) and k not in skip}; plain = {k: v for k, v in result.items() if k not in sides and k not in skip}
+    out = ['| | value |', '|---|---|', *(f'| {k.replace("_", " ")} | {number(v)} |' for k, v in plain.items())]
+    if sides: out += ['', '| | '+' | '.join(sides)+' |', '|---'*(len(sides)+1)+'|', *(f'| {k.replace("_", " ")} | '+' | '.join(number(s[k]) for s in sides.values())+' |' for k in next(iter(sides.values())))]
+    return out
+
+
+def main(names):
+    path = HERE/'results.json'; results = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        needed = Path(os.environ.get('IMECD_DATA', 'data'))/DATA_OF[name] if name in DATA_OF else None
+        if needed and not needed.exists(): print(f'{name}: left out, there is no {needed}', flush=True); continue
+        print(f'{name} ...', flush=True); results[name] = measure(name)
+    results = {k: results[k] for k in NAMES if k in results}
+    path.write_text(json.dumps(results, indent=1)+'\n'); (HERE/'results.md').write_text(page(results))
+    print(f'wrote {HERE}/results.md')
+
+
+if __name__ == '__main__': main(sys.argv[1:] or NAMES)

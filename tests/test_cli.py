@@ -1,0 +1,134 @@
+"The command as a user types it: folders, tables, exit codes, one line on a mistake."
+import json
+import os
+
+import polars as pl
+import pytest
+
+from imecd.cli import app
+from imecd.histories import content_hash, load_interactions
+
+
+def last(text): return text.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope='module')
+def run(imecd, shop, tmp_path_factory):
+    "A finished run of the kNN."
+    out = tmp_path_factory.mktemp('runs')/'knn'
+    code, said, err = imecd('train', shop, '--model', 'transition_knn', '--set', 'window=2', '--set', 'direction=forward', '--out', out)
+    assert code == 0, err
+    return out
+
+
+def commands(group=app, path=()):
+    for c in group.registered_commands: yield (*path, c.name or c.callback.__name__), c
+    for g in group.registered_groups: yield from commands(g.typer_instance, (*path, g.name))
+
+
+def test_every_command_has_help_with_an_example(imecd):
+    found = list(commands())
+    assert [' '.join(p) for p, _ in found] == ['features', 'train', 'eval', 'demo', 'data check', 'data shop', 'data convert', 'data amazon']
+    for path, command in found: assert (command.epilog or '').startswith(f"Example: imecd {' '.join(path)} "), path
+    code, said, _ = imecd('data', 'convert', '--help'); assert code == 0 and 'Example: imecd data convert' in said
+
+
+def test_run_folder_holds_what_it_promises(run):
+    assert sorted(p.name for p in run.iterdir()) == ['config.json', 'figures', 'metrics.json', 'model.safetensors', 'provenance.json', 'ranks.parquet', 'slices.csv', 'trials.csv']
+    metrics = json.loads((run/'metrics.json').read_text()); names = {f'{m}@{k}' for m in ('hr', 'ndcg') for k in (5, 10, 20, 50)} | {'mrr@5', 'mrr@10', 'mrr@20'}
+    assert set(metrics) == {'valid', 'test', 'test_masked', 'test_ties'}
+    for part in ('valid', 'test', 'test_masked'): assert set(metrics[part]) == names | {'coverage@10', 'gini@10', 'popularity@10', 'ild@10'}
+    ranks = pl.read_parquet(run/'ranks.parquet')
+    assert ranks.columns == ['user', 'split', 'target', 'rank', 'rank_masked', 'length'] and ranks['rank'].min() >= 1 and set(ranks['split']) == {'valid', 'test'}
+    assert {p.name for p in (run/'figures').iterdir()} == {'ranks.png', 'slices.png'} and json.loads((run/'config.json').read_text())['settings']['window'] == 2
+    origin = json.loads((run/'provenance.json').read_text()); assert origin['data']['hash'] and origin['time']['minutes'] > 0 and origin['code']['torch']
+
+
+def test_two_equal_runs_are_equal_byte_for_byte(run, imecd, shop, tmp_path):
+    assert imecd('train', shop, '--model', 'transition_knn', '--set', 'window=2', '--set', 'direction=forward', '--out', tmp_path/'b', '--length', 50)[0] == 0
+    for name in ('metrics.json', 'config.json', 'ranks.parquet', 'slices.csv', 'model.safetensors'): assert (run/name).read_bytes() == (tmp_path/'b'/name).read_bytes(), name
+
+
+def test_eval_measures_the_stored_model_again(run, imecd):
+    code, said, err = imecd('eval', run, '--json'); assert code == 0, err
+    assert json.loads(said) == json.loads((run/'metrics.json').read_text())
+
+
+def test_eval_refuses_other_data(run, imecd, tmp_path):
+    assert imecd('data', 'shop', tmp_path/'other', '--users', 50, '--items', 50, '--no-pictures')[0] == 0
+    code, _, err = imecd('eval', run, '--data', tmp_path/'other'); assert code == 2 and 'is not the data set of this run' in err
+
+
+def test_truth_never_reaches_a_model(run, imecd, shop, tmp_path):
+    "Permuting the truth of the shop, or taking it away, changes no metric."
+    import shutil
+    copy = tmp_path/'shop'; shutil.copytree(shop, copy); truths = list(copy.glob('truth*')); assert truths
+    for path in truths:
+        t = pl.read_parquet(path); t.with_columns([c.shuffle(seed=1) for c in t.get_columns()]).write_parquet(path)
+    args = ('--model', 'transition_knn', '--set', 'window=2', '--set', 'direction=forward')
+    assert imecd('train', copy, *args, '--out', tmp_path/'a')[0] == 0
+    for path in truths: path.unlink()
+    assert imecd('train', copy, *args, '--out', tmp_path/'b')[0] == 0
+    for name in ('a', 'b'): assert (tmp_path/name/'metrics.json').read_bytes() == (run/'metrics.json').read_bytes()
+
+
+def test_check_says_what_is_there(imecd, shop, tmp_path):
+    code, said, err = imecd('data', 'check', shop, '--json', '--figures', tmp_path/'f'); found = json.loads(said)
+    assert code == 0 and found['users'] == 400 and found['hash'] == content_hash(load_interactions(shop)) and {p.name for p in (tmp_path/'f').iterdir()} == {'lengths.png', 'long_tail.png', 'ties.png'}
+
+
+def test_convert_from_csv_to_ranked_result(imecd, tmp_path):
+    rows = [f'c{u},p{(u*7+k*3) % 11},{1_500_000_000+86_400*k}' for u in range(30) for k in range(8)]+['c1,,5', 'c2,p1,-4']
+    (tmp_path/'orders.csv').write_text('customer,product,when\n'+'\n'.join(rows)+'\n')
+    (tmp_path/'goods.csv').write_text('sku,name\n'+''.join(f'p{k},"Thing, no. {k}"\n' for k in range(11)))
+    code, _, err = imecd('data', 'convert', tmp_path/'orders.csv', tmp_path/'set'); assert code == 2 and 'no column looks like the user' in err and not (tmp_path/'set').exists()
+    columns = [x for c in ('user=customer', 'item=product', 'timestamp=when') for x in ('--column', c)]
+    code, said, err = imecd('data', 'convert', tmp_path/'orders.csv', tmp_path/'set', *columns, '--items', tmp_path/'goods.csv', '--quarantine', tmp_path/'bad.csv', '--json')
+    report = json.loads(said); assert code == 0 and sum(report['dropped'].values()) == 2, err
+    assert pl.read_csv(tmp_path/'bad.csv')['line'].to_list() == [242, 243]
+    assert imecd('train', tmp_path/'set', '--model', 'popularity', '--out', tmp_path/'run')[0] == 0
+
+
+def test_time_split_from_the_shell(imecd, shop, tmp_path):
+    code, said, err = imecd('train', shop, '--model', 'popularity', '--split', 'time', '--out', tmp_path/'run', '--json'); assert code == 0, err
+    assert json.loads((tmp_path/'run/config.json').read_text())['split'] == 'time'
+
+
+MISTAKES = {
+    'no folder': (('data', 'check', 'nowhere'), 'interactions.parquet is not there'),
+    'no model yet': (('train', '{shop}', '--out', 'x'), "there is no model 'imecd' in this version"),
+    'model misspelt': (('train', '{shop}', '--out', 'x', '--model', 'popularty'), "did you mean 'popularity'"),
+    'setting misspelt': (('train', '{shop}', '--out', 'x', '--model', 'transition_knn', '--set', 'windw=3'), "did you mean 'window'"),
+    'setting without value': (('train', '{shop}', '--out', 'x', '--model', 'transition_knn', '--set', 'window'), 'write it as name=value'),
+    'setting of the wrong kind': (('train', '{shop}', '--out', 'x', '--model', 'transition_knn', '--set', 'window=many'), "window='many'"),
+    'split': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--split', 'half'), 'use leave_one_out or time'),
+    'odd length': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--length', '7'), 'even number'),
+    'device': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--device', 'tpu'), "device 'tpu' is not on this machine"),
+    'not a run': (('eval', '{shop}'), 'config.json is not there'),
+    'no run': (('eval', 'nowhere'), 'is not a run folder'),
+    'folder exists': (('data', 'shop', '{shop}'), 'is not empty'),
+    'category': (('data', 'amazon', 'Toys_and_Game', 'x', '--year', '2018'), 'Toys_and_Games'),
+    'k-core too high': (('data', 'check', '{shop}', '--k-core', '5000'), 'no event is left by the 5000-core'),
+    'source not there': (('data', 'convert', 'nowhere.csv', 'x'), 'nowhere.csv'),
+    'features of nothing': (('features', '{shop}', '--image', 'codes', '--out', 'x'), 'image_codes.npy'),
+    'unknown option': (('data', 'check', '{shop}', '--nonsense'), 'No such option'),
+    'too few items': (('data', 'shop', 'x', '--items', '3'), '3'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_a_mistake_ends_in_one_clear_line(name, imecd, shop, tmp_path):
+    args, message = MISTAKES[name]
+    code, said, err = imecd(*(a.format(shop=shop) for a in args), cwd=tmp_path)
+    assert code == 2 and message in ' '.join(err.split()), (said, err)
+    assert 'Traceback' not in err and not list(tmp_path.iterdir())
+    if name not in ('unknown option', 'too few items'): assert len(err.strip().splitlines()) == 1
+
+
+def test_a_traceback_on_request(imecd):
+    code, _, err = imecd('data', 'check', 'nowhere', '--debug'); assert code not in (0, 2) and 'Traceback' in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_a_folder_that_cannot_be_written(imecd, shop, tmp_path):
+    tmp_path.chmod(0o500); code, _, err = imecd('train', shop, '--model', 'popularity', '--out', tmp_path/'run'); assert code == 2 and 'Permission denied' in err
