@@ -115,7 +115,7 @@ def load_json(
 
 # %% ../nbs/00_core.ipynb #856f8f38
 COLOURS = {'id': '#0072B2', 'text': '#E69F00', 'image': '#009E73', 'context': '#8C8C8C', 'mark': '#D55E00', 'other': '#CC79A7'}
-CYCLE = ('#56B4E9', '#D55E00', '#CC79A7', '#000000', '#8C8C8C', '#F0E442')  # for what is no stream
+CYCLE = ('#56B4E9', '#D55E00', '#CC79A7', '#000000', '#882255', '#F0E442', '#6A5ACD')  # for what is no stream
 
 # %% ../nbs/00_core.ipynb #a55c3715
 STYLE = {'figure.figsize': (7, 3), 'figure.dpi': 100, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'font.size': 9,

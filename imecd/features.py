@@ -261,7 +261,7 @@ def plot_map(
     points:np.ndarray, # (n, 2) from `project`
     groups,            # (n,) names to colour by
     ax=None,           # axis to draw on
-    most:int=6,        # groups with a colour of their own, largest first
+    most:int=7,        # groups with a colour of their own, largest first
 ): # the axis
     "Items in the plane, coloured by group."
     ax = new_axes(ax, figsize=(7, 3))
