@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import difflib, itertools
 import numpy as np, polars as pl, torch
 from torch import Tensor
-from .core import COLOURS, CYCLE, ImecdError, label, new_axes, rng
+from .core import COLOURS, CYCLE, ImecdError, label, new_axes, progress, rng
 from .batch import Batch, Cases, SequenceData
 from .ranking import ranks
 from .metrics import summary
@@ -121,7 +121,7 @@ class TransitionKNN:
         return self
 
 # %% ../nbs/11_baselines.ipynb #23ca6fa8
-KNN_GRID = {'window': (1, 2, 3, 5, 10, 20), 'decay': (.2, .35, .5, .7, .85, 1.), 'shrinkage': (0., 1., 3., 10., 30., 100.), 'pop_norm': (0., .1, .25, .5)}
+KNN_GRID = {'window': (1, 2, 3, 5, 10, 20), 'decay': (.2, .35, .5, .7, .85, 1.), 'shrinkage': (0., 1., 10., 30., 100., 1000.), 'pop_norm': (0., .1, .25, .5)}
 
 # %% ../nbs/11_baselines.ipynb #cf518b2d
 def sample_cases(
@@ -159,7 +159,7 @@ def tune_knn(
         if config not in tried: tried[config] = summary(quick_ranks(TransitionKNN(config).fit(data), data, cases))[metric]
         return tried[config]
     best = {d: TransitionKNNConfig(**{'direction': d, **fixed}) for d in ([fixed['direction']] if 'direction' in fixed else ['forward', 'both'])}
-    for d, _, name in itertools.product(best, range(2), [n for n in KNN_GRID if n not in fixed]):
+    for d, _, name in progress(list(itertools.product(best, range(2), [n for n in KNN_GRID if n not in fixed])), 'searching', 'setting'):
         best[d] = max([best[d], *(replace(best[d], **{name: c}) for c in KNN_GRID[name])], key=value)
     top = max(best.values(), key=value)
     return top, pl.DataFrame([{**asdict(c), metric: v} for c, v in tried.items()]).sort(metric, descending=True, maintain_order=True)

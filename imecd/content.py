@@ -253,7 +253,7 @@ def light_image(
     "Histograms of every picture: `light-image`. Unreadable ones are reported and missing."
     from tqdm import tqdm
     out, problems = np.zeros((len(paths), 251), np.float32), {}
-    for row, path in enumerate(tqdm(paths, desc='light-image', unit='pictures', disable=not progress)):
+    for row, path in enumerate(tqdm(paths, desc='light-image', unit='pictures', disable=None if progress else True)):
         if path is None: continue
         x = read_picture(path, least=2*GRID)
         if isinstance(x, str): problems[f'{Path(path).parent.name}/{Path(path).name}'] = x

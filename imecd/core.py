@@ -13,7 +13,7 @@ import torch
 # %% auto #0
 __all__ = ['USER', 'ITEM', 'TIME', 'ORDER', 'DAY', 'RATING', 'EVENT_COLUMNS', 'PAD', 'MODALITIES', 'STREAMS', 'COLOURS', 'CYCLE',
            'STYLE', 'ImecdError', 'set_seed', 'digest', 'rng', 'pick_device', 'whole', 'whole_folder', 'save_json',
-           'load_json', 'new_axes', 'label']
+           'load_json', 'progress', 'new_axes', 'label']
 
 # %% ../nbs/00_core.ipynb #11826dc6
 USER, ITEM, TIME, ORDER, DAY, RATING = 'user', 'item', 'timestamp', 'order', 'day_group', 'rating'
@@ -112,6 +112,17 @@ def load_json(
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise ImecdError(f'{path} is not there') from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ImecdError(f'{path} is not JSON ({e}); it may have been cut off: make it again') from None
+
+# %% ../nbs/00_core.ipynb #4daee32e
+def progress(
+    what=None,    # an iterable, or None for a bar that is moved by hand
+    desc:str='',  # what is being done
+    unit:str='it',# of what is counted
+    total:int|None=None, # how many there are, where the iterable does not tell
+): # an iterator with a bar, or a bar
+    "A progress bar on standard error, in a terminal only."
+    from tqdm import tqdm
+    return tqdm(what, desc=desc, unit=unit, total=total, disable=None, leave=False)
 
 # %% ../nbs/00_core.ipynb #856f8f38
 COLOURS = {'id': '#0072B2', 'text': '#E69F00', 'image': '#009E73', 'context': '#8C8C8C', 'mark': '#D55E00', 'other': '#CC79A7'}

@@ -63,7 +63,7 @@ def cached(
     folder, store, first = Path(folder), load_shards(Path(folder)), {}
     for row, key in enumerate(keys): first.setdefault(key, row)
     todo = [key for key in first if key not in store]
-    with tqdm(total=len(first), initial=len(first)-len(todo), desc=name, unit='items', disable=not progress) as bar:
+    with tqdm(total=len(first), initial=len(first)-len(todo), desc=name, unit='items', disable=None if progress else True) as bar:
         for start in range(0, len(todo), chunk):
             part = todo[start:start+chunk]
             values = np.asarray(encode([first[key] for key in part]), np.float32)  # (chunk, F)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 import numpy as np
 import polars as pl
-from .core import COLOURS, rng
+from .core import COLOURS, progress, rng
 
 # %% auto #0
 __all__ = ['THEMES', 'ADJECTIVES', 'PARTS', 'BRANDS', 'DEPARTMENTS', 'VOCABULARY', 'N_THEMES', 'N_KINDS', 'N_LOOKS', 'TITLES',
@@ -224,7 +224,7 @@ def save_pictures(
     "Draw pictures and store them as `ID.jpg`, 64 at a time."
     from PIL import Image
     folder = Path(folder); folder.mkdir()
-    for block in np.split(rows, range(64, len(rows), 64)):
+    for block in progress(np.split(rows, range(64, len(rows), 64)), 'pictures', 'block of 64'):
         for i, pixels in zip(block, draw({k: v[block] for k, v in table.items()})):
             Image.fromarray(pixels).save(folder/f'{names[i]}.jpg', quality=92, subsampling=0)
     return len(rows)

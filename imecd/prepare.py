@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import numpy as np, polars as pl
-from .core import ITEM, ORDER, EVENT_COLUMNS, ImecdError, save_json, whole_folder
+from .core import ITEM, ORDER, EVENT_COLUMNS, ImecdError, progress, save_json, whole_folder
 from .interactions import Events, read_events, read_items
 from .histories import Arranged, arrange
 
@@ -60,17 +60,21 @@ def convert(
 )->dict: # what was read, dropped and kept
     "Make a data set of any events; it appears whole or not at all."
     path, found = (None, None) if isinstance(src, Events) else find_source(src)
-    events = src if path is None else read_events(path, columns=columns)
-    if quarantine: events.quarantine.write_csv(quarantine)
-    source = items if items is not None else found
-    known = source if source is None or isinstance(source, pl.DataFrame) else read_items(source)
-    passes = []; a = arrange(events.table, k, passes)
-    if not len(a.rows): raise ImecdError(f'the {k}-core leaves nothing of {len(events.table):,} events: {_shrunk(passes[0])}; try a smaller k')
-    with whole_folder(out) as part:
-        report = _write(events, a, known, part)
-        if found and items is None and found.name == 'items.parquet': _in_step(found, known, part)
-        report |= {'source': 'events' if path is None else path.name, 'k': k, 'k_core': passes[0].to_dicts()}
-        save_json(report, part/'convert.json')
+    with progress(desc='reading events', unit='step', total=4) as steps:
+        events = src if path is None else read_events(path, columns=columns)
+        if quarantine: events.rejects.save(quarantine)
+        steps.update(); steps.set_description('reading items')
+        source = items if items is not None else found
+        known = source if source is None or isinstance(source, pl.DataFrame) else read_items(source)
+        steps.update(); steps.set_description('k-core and order')
+        passes = []; a = arrange(events.table, k, passes)
+        if not len(a.rows): raise ImecdError(f'the {k}-core leaves nothing of {len(events.table):,} events: {_shrunk(passes[0])}; try a smaller k')
+        steps.update(); steps.set_description('writing')
+        with whole_folder(out) as part:
+            report = _write(events, a, known, part)
+            if found and items is None and found.name == 'items.parquet': _in_step(found, known, part)
+            report |= {'source': 'events' if path is None else path.name, 'k': k, 'k_core': passes[0].to_dicts()}
+            save_json(report, part/'convert.json')
     return report
 
 # %% ../nbs/01d_prepare.ipynb #8e05b06f
