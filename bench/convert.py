@@ -20,7 +20,7 @@ def generate(path, events, seed=0):
     g = np.random.default_rng(seed); users, items = events//8, max(events//100, 100)
     tail = lambda n: np.minimum((n*g.random(events)**2.5).astype(np.int64), n-1)
     frame = pl.DataFrame({'reviewerID': tail(users), 'asin': tail(items), 'overall': g.integers(1, 6, events), 'unixReviewTime': 1_100_000_000+86_400*g.integers(0, 5_000, events)})
-    frame[-events//100:] = frame[:events//100]
+    frame = pl.concat([frame.head(events-events//100), frame.head(events//100)])
     frame.with_columns(pl.format('A{}', pl.col('reviewerID').cast(pl.String).str.zfill(13)).alias('reviewerID'),
                        pl.format('B0{}', pl.col('asin').cast(pl.String).str.zfill(8)).alias('asin')).write_csv(path)
 
@@ -62,7 +62,7 @@ def main(events):
         result = {'input_events': events, 'input_mb': source.stat().st_size/2**20}
         for who in ('imecd', 'pandas'):
             call = [sys.executable, __file__, 'run', who, str(source), str(Path(tmp)/who)]
-            result[who] = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+            result[who] = json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
     for key in ('events', 'users', 'items', 'test_targets'): assert result['imecd'][key] == result['pandas'][key], f'{key} differ: {result}'
     return {**result, 'pandas_over_imecd_seconds': result['pandas']['seconds']/result['imecd']['seconds'], 'pandas_over_imecd_memory': result['pandas']['peak_mb']/result['imecd']['peak_mb']}
 

@@ -21,7 +21,7 @@ DATA_OF = {'batches': 'amazon14_toys', 'knn': 'amazon18_games'}
 def measure(name):
     "Run one script; its JSON with where and when it was measured."
     start = time.time(); call = [sys.executable, str(HERE/f'{name}.py')]
-    found = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    found = json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
     commit = subprocess.run(['git', 'rev-parse', '--short=12', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
     return {**found, 'command': f'python bench/{name}.py', 'threads': os.environ.get('OMP_NUM_THREADS', 'default'), 'date': time.strftime('%Y-%m-%d', time.gmtime(start)),
             'commit': commit or None, 'cores': os.cpu_count(), 'processor': processor(), 'versions': {p: version(p) for p in ('torch', 'numpy', 'polars', 'pandas', 'scipy')}}
