@@ -4,7 +4,6 @@
     python bench/convert.py run imecd|pandas FILE OUT
 """
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from memory import peak
 
 
 def generate(path, events, seed=0):
@@ -53,7 +54,7 @@ def by_pandas(source, out):
 def measure(who, source, out):
     "Run one of them in this process; seconds and peak memory."
     start = time.perf_counter(); found = {'imecd': by_imecd, 'pandas': by_pandas}[who](source, out)
-    return {**found, 'seconds': time.perf_counter()-start, 'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024}
+    return {**found, 'seconds': time.perf_counter()-start, 'peak_mb': peak()}
 
 
 def main(events):

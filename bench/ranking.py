@@ -1,35 +1,15 @@
-"""Time and extra peak memory of ranking by dot product, in a process of its own; one line of JSON on stdout.
+"""Time and extra peak memory of ranking by dot product, in a process of its own; one line of JSON.
 
     OMP_NUM_THREADS=2 python bench/ranking.py [--users 20000] [--items 1000000] [--width 64] [--history 20] [--budget 67108864]
 """
 import argparse
 import json
-import platform
-import resource
 import time
-from pathlib import Path
 
 import torch
 
 from imecd.ranking import rank_dot
-
-
-def resident():
-    "Memory of this process in bytes."
-    statm = Path('/proc/self/statm')
-    return int(statm.read_text().split()[1])*resource.getpagesize() if statm.exists() else peak()
-
-
-def peak():
-    "The most memory that this process ever held, in bytes."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if platform.system() == 'Darwin' else 1024)
-
-
-def processor():
-    "Name of the processor."
-    info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
-    return names[0] if names else platform.processor()
+from memory import held, peak
 
 
 def main():
@@ -42,12 +22,12 @@ def main():
     targets = torch.randint(1, a.items+1, (a.users,), generator=g)
     seen = torch.randint(1, a.items+1, (a.users*a.history,), generator=g), torch.arange(0, a.users*a.history+1, a.history)
     rank_dot(queries[:2], items[:100], targets[:2]%99+1)
-    before, start, cpu = resident(), time.perf_counter(), time.process_time()
+    before, start, cpu = held(), time.perf_counter(), time.process_time()
     found = rank_dot(queries, items, targets, seen, a.budget)
     seconds, cpu = time.perf_counter()-start, time.process_time()-cpu
     assert found.kept.shape == (a.users,) and bool((found.masked <= found.kept).all())
-    print(json.dumps({**vars(a), 'seconds': round(seconds, 1), 'cpu_seconds': round(cpu, 1), 'inputs_mb': round(before/2**20), 'extra_peak_mb': round((peak()-before)/2**20),
-                      'threads': torch.get_num_threads(), 'torch': torch.__version__, 'processor': processor(), 'mean_rank': float(found.kept.double().mean())}))
+    print(json.dumps({**vars(a), 'seconds': round(seconds, 1), 'cpu_seconds': round(cpu, 1), 'inputs_mb': round(before), 'extra_peak_mb': round(peak()-before),
+                      'threads': torch.get_num_threads(), 'mean_rank': float(found.kept.double().mean())}))
 
 
 if __name__ == '__main__': main()

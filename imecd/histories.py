@@ -97,10 +97,11 @@ def arrange(
     core = k_core(user, item, max(k, 1))
     if passes is not None: passes.append(core.passes)
     rows = core.keep; user, item = user[rows], item[rows]
-    key = tie_order(_hash64(users)[user], _hash64(items)[item])
     when = table[ORDER if ORDER in table.columns else TIME].to_numpy()[rows]
-    by = np.lexsort((key, when, user))
-    return Arranged(users, items, user[by], item[by], rows[by])
+    if not ((user[1:] > user[:-1]) | (user[1:] == user[:-1]) & (when[1:] > when[:-1])).all():  # a prepared data set is in order already
+        by = np.lexsort((tie_order(_hash64(users)[user], _hash64(items)[item]), when, user))
+        user, item, rows = user[by], item[by], rows[by]
+    return Arranged(users, items, user, item, rows)
 
 # %% ../nbs/01b_histories.ipynb #5e078dfc
 class Interactions(NamedTuple):
