@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_cli.ipynb #a3099570
 from __future__ import annotations
-import json, sys, time
+import json, sys, time, tomllib
 from pathlib import Path
 from typing import Annotated, Optional
 import numpy as np, typer
@@ -21,8 +21,8 @@ from .baselines import fit_baseline, make_model, plot_models
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Json', 'KCore', 'Folder', 'DEMO', 'show', 'check', 'feature_state', 'shop', 'pairs', 'convert',
-           'amazon', 'features', 'load_split', 'feature_space', 'parse_value', 'train', 'train_run', 'headline',
-           'evaluate_run', 'table', 'demo', 'main']
+           'amazon', 'features', 'load_split', 'feature_space', 'parse_value', 'read_config', 'train', 'train_run',
+           'headline', 'evaluate_run', 'table', 'demo', 'main']
 
 # %% ../nbs/15_cli.ipynb #ed5f6f9c
 app = typer.Typer(help='Multimodal sequential recommendation: data, features, training, evaluation. Add --debug to any command for a traceback.',
@@ -179,15 +179,28 @@ def parse_value(
     try: return json.loads(text)
     except json.JSONDecodeError: return text
 
+# %% ../nbs/15_cli.ipynb #c0nf1g02
+def read_config(
+    path:Path, # a TOML file
+)->dict: # some of model, settings, split, length
+    "A configuration: what differs from the defaults. A key that does not exist is named."
+    try: told = tomllib.loads(path.read_text(encoding='utf-8'))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ImecdError(f'{path}: not TOML, {e}') from None
+    known = {'model': str, 'settings': dict, 'split': str, 'length': int}
+    for key, value in told.items():
+        if not isinstance(value, known.get(key, ())): raise ImecdError(f"{path}: {key}={value!r} cannot be used; there are {', '.join(f'{k} ({t.__name__})' for k, t in known.items())}")
+    return told
+
 # %% ../nbs/15_cli.ipynb #69058cb0
 @app.command(epilog='Example: imecd train shop --model transition_knn --set direction=forward --out runs/knn')
 def train(
     folder:Folder,
     out:Annotated[Path, typer.Option(help='Run folder to make.')],
-    model:str='imecd',
+    model:Annotated[Optional[str], typer.Option(help='Name of the model; imecd by default.')]=None,
+    config:Annotated[Optional[Path], typer.Option(help='TOML file with model, settings, split and length; what is given here wins over it.')]=None,
     set_:Annotated[Optional[list[str]], typer.Option('--set', help='field=value of the model\'s configuration; repeatable.')]=None,
-    split:Annotated[str, typer.Option(help='leave_one_out, or time for one moment for everybody.')]='leave_one_out',
-    length:Annotated[int, typer.Option(help='Longest history a model reads.')]=50,
+    split:Annotated[Optional[str], typer.Option(help='leave_one_out by default, or time for one moment for everybody.')]=None,
+    length:Annotated[Optional[int], typer.Option(help='Longest history a model reads; 50 by default.')]=None,
     k_core:KCore=0,
     tune:Annotated[bool, typer.Option(help='Choose on validation what --set leaves open.')]=True,
     seed:int=0,
@@ -196,7 +209,9 @@ def train(
 ):
     "Fit a model, measure it, write a run."
     started = time.time(); set_seed(seed)
-    settings = {k: parse_value(v) for k, v in pairs(set_, '--set').items()}
+    told = read_config(config) if config else {}
+    model, split, length = (a if a is not None else told.get(k, d) for k, a, d in (('model', model, 'imecd'), ('split', split, 'leave_one_out'), ('length', length, 50)))
+    settings = {**told.get('settings', {}), **{k: parse_value(v) for k, v in pairs(set_, '--set').items()}}
     make_model(model, settings)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ImecdError(f'{out} exists and is not empty; give another --out')
     run = train_run(folder, out, model, settings, split, length, k_core, tune, seed, device, started)

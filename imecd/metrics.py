@@ -11,7 +11,7 @@ import numpy as np, polars as pl, torch
 from torch import Tensor
 from .core import PAD, USER, COLOURS, CYCLE, ImecdError, label, new_axes
 from .batch import Cases, SequenceData
-from .ranking import STRIP, best, history_pairs, ranks
+from .ranking import STRIP, both_lists, history_pairs, ranks
 
 # %% auto #0
 __all__ = ['KS', 'MRR_KS', 'LENGTHS', 'hr', 'ndcg', 'mrr', 'plot_discount', 'mean', 'summary', 'exposure', 'coverage', 'gini',
@@ -189,14 +189,8 @@ def _answer(
     if scores.shape != (len(targets), data.n_items+1):
         raise ImecdError(f'{name}.score gave a table {tuple(scores.shape)} where (rows, items+1) is {(len(targets), data.n_items+1)}')
     seen = data.seen(cases, rows); r = ranks(scores, targets, seen, name, rows.start)
-    rows, items = history_pairs(seen, targets.to(scores.device), data.n_items)
-    top = best(scores, k); masked = top.clone()
-    redo = torch.zeros(len(top), dtype=torch.bool, device=top.device)      # only lists that hold a seen item change
-    redo[rows[(top[rows] == items[:, None]).any(1)]] = True
-    if redo.any():
-        again, keep = redo.nonzero()[:, 0], redo[rows]
-        masked[again] = best(scores[again], k, ((redo.cumsum(0)-1)[rows[keep]], items[keep]))
-    return tuple(x.cpu() for x in (*r, top, masked))
+    hide = history_pairs(seen, targets.to(scores.device), data.n_items)
+    return tuple(x.cpu() for x in (*r, *both_lists(scores, k, hide)))
 
 # %% ../nbs/09_metrics.ipynb #cfa5e236
 def evaluate(

@@ -11,7 +11,7 @@ from .core import PAD, COLOURS, ImecdError, label, new_axes
 
 # %% auto #0
 __all__ = ['STRIP', 'plot_conventions', 'history_pairs', 'Ranks', 'ranks', 'plot_rank', 'Distinct', 'distinct', 'rank_dot',
-           'best']
+           'best', 'both_lists']
 
 # %% ../nbs/08a_ranking.ipynb #101440fc
 def plot_conventions(
@@ -249,3 +249,18 @@ def best(
             part[hide[0][lo:hi]-a, hide[1][lo:hi]-1] = -torch.inf if part.is_floating_point() else torch.iinfo(part.dtype).min
         out[a:a+step, :min(k, n)] = _top(part, min(k, n))
     return out
+
+# %% ../nbs/08a_ranking.ipynb #b0th0002
+def both_lists(
+    scores:Tensor, # (R, N+1) column = item; column 0 is ignored
+    k:int,         # length of the lists
+    hide:tuple[Tensor, Tensor], # from `history_pairs`
+)->tuple[Tensor, Tensor]: # (R, k) with the history kept, (R, k) without it
+    "Both lists; the second is made anew only where the first holds an item of the history."
+    rows, items = hide; top = best(scores, k); masked = top.clone()
+    redo = torch.zeros(len(top), dtype=torch.bool, device=top.device)
+    redo[rows[(top[rows] == items[:, None]).any(1)]] = True
+    if redo.any():
+        again, keep = redo.nonzero()[:, 0], redo[rows]
+        masked[again] = best(scores[again], k, ((redo.cumsum(0)-1)[rows[keep]], items[keep]))
+    return top, masked

@@ -1,11 +1,13 @@
 "The command as a user types it: folders, tables, exit codes, one line on a mistake."
 import json
 import os
+from pathlib import Path
 
 import polars as pl
 import pytest
 
-from imecd.cli import app
+from imecd.baselines import make_model
+from imecd.cli import app, read_config
 from imecd.histories import content_hash, load_interactions
 
 
@@ -81,7 +83,7 @@ def test_convert_from_csv_to_ranked_result(imecd, tmp_path):
     rows = [f'c{u},p{(u*7+k*3) % 11},{1_500_000_000+86_400*k}' for u in range(30) for k in range(8)]+['c1,,5', 'c2,p1,-4']
     (tmp_path/'orders.csv').write_text('customer,product,when\n'+'\n'.join(rows)+'\n')
     (tmp_path/'goods.csv').write_text('sku,name\n'+''.join(f'p{k},"Thing, no. {k}"\n' for k in range(11)))
-    code, _, err = imecd('data', 'convert', tmp_path/'orders.csv', tmp_path/'set'); assert code == 2 and 'no column looks like the user' in err and not (tmp_path/'set').exists()
+    code, _, err = imecd('data', 'convert', tmp_path/'orders.csv', tmp_path/'set'); assert code == 2 and 'no column looks like' in err and not (tmp_path/'set').exists()
     columns = [x for c in ('user=customer', 'item=product', 'timestamp=when') for x in ('--column', c)]
     code, said, err = imecd('data', 'convert', tmp_path/'orders.csv', tmp_path/'set', *columns, '--items', tmp_path/'goods.csv', '--quarantine', tmp_path/'bad.csv', '--json')
     report = json.loads(said); assert code == 0 and sum(report['dropped'].values()) == 2, err
@@ -112,7 +114,7 @@ MISTAKES = {
     'source not there': (('data', 'convert', 'nowhere.csv', 'x'), 'nowhere.csv'),
     'features of nothing': (('features', '{shop}', '--image', 'codes', '--out', 'x'), 'image_codes.npy'),
     'unknown option': (('data', 'check', '{shop}', '--nonsense'), 'No such option'),
-    'too few items': (('data', 'shop', 'x', '--items', '3'), '3'),
+    'too few items': (('data', 'shop', 'x', '--items', '3'), '50'),
 }
 
 
@@ -132,3 +134,23 @@ def test_a_traceback_on_request(imecd):
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
 def test_a_folder_that_cannot_be_written(imecd, shop, tmp_path):
     tmp_path.chmod(0o500); code, _, err = imecd('train', shop, '--model', 'popularity', '--out', tmp_path/'run'); assert code == 2 and 'Permission denied' in err
+
+
+CONFIGS = sorted((Path(__file__).parents[1]/'configs').glob('*.toml'))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_configurations_in_the_project_can_be_used(path):
+    told = read_config(path); make_model(told['model'], told['settings'])
+
+
+def test_the_command_line_wins_over_the_configuration(imecd, shop, tmp_path):
+    (tmp_path/'c.toml').write_text('model = "transition_knn"\nlength = 20\n[settings]\nwindow = 2\ndirection = "forward"\n')
+    code, _, err = imecd('train', shop, '--config', tmp_path/'c.toml', '--set', 'window=4', '--no-tune', '--out', tmp_path/'run'); assert code == 0, err
+    config = json.loads((tmp_path/'run/config.json').read_text()); assert (config['length'], config['settings']['window'], config['settings']['direction']) == (20, 4, 'forward')
+
+
+@pytest.mark.parametrize('text, message', [('model = ', 'not TOML'), ('modle = "x"', "modle='x' cannot be used; there are model"), ('length = "long"', "length='long' cannot be used")])
+def test_a_configuration_that_cannot_be_used(text, message, imecd, shop, tmp_path):
+    (tmp_path/'c.toml').write_text(text); code, _, err = imecd('train', shop, '--config', tmp_path/'c.toml', '--out', tmp_path/'run')
+    assert code == 2 and message in err and not (tmp_path/'run').exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from execnb.nbio import nb2str, read_nb
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
@@ -174,6 +175,16 @@ def test_facts_stand_once():
     assert f'name="{cfg.lib_name}"' in (ROOT/'pyproject.toml').read_text()
     assert (LIB/'__init__.py').read_text().strip() == f'__version__ = "{cfg.version}"'
     assert f'version: {cfg.version}' in (ROOT/'CITATION.cff').read_text()
+
+
+def test_workflow_runs_the_oldest_set():
+    "The lower bounds of settings.ini are what the workflow installs as the oldest set."
+    flow = yaml.safe_load((ROOT/'.github/workflows/test.yaml').read_text()); yaml.safe_load((ROOT/'.github/workflows/docs.yaml').read_text())
+    oldest = next(r for r in flow['jobs']['bounds']['strategy']['matrix']['include'] if r['name'] == 'oldest'); cfg = get_config(cfg_name='settings.ini', path=ROOT)
+    bounds = dict(re.match(r'([\w-]+)>=([\d.]+)', r).groups() for r in cfg.requirements.split())
+    installed = dict(re.match(r'([\w-]+)==([\d.]+)\.\*', r).groups() for r in oldest['set'].split() if '==' in r)
+    assert oldest['python'] == cfg.min_python and {'torch', 'numpy', 'polars'} <= set(installed)
+    assert installed == {name: bounds[name] for name in installed}
 
 
 def test_readme_is_in_sync(tmp_path):
