@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import polars as pl
-from .core import ITEM, ImecdError, label, new_axes, save_json
+from .core import CYCLE, ITEM, ImecdError, label, new_axes, save_json
 from .files import lines_of, object_of, short, text_of
 
 # %% auto #0
@@ -174,7 +174,7 @@ def plot_day(
 ): # the axis
     "Events of one day on the clock."
     ax = new_axes(ax, figsize=(7, .8+.4*len(seconds)))
-    for y, values in enumerate(seconds.values()): ax.scatter(np.asarray(values)/3600, [y]*len(values), s=60, marker='|', color='#0072B2', lw=2)
+    for y, values in enumerate(seconds.values()): ax.scatter(np.asarray(values)/3600, [y]*len(values), s=60, marker='|', color=CYCLE[0], lw=2)
     ax.set_yticks(range(len(seconds)), [f'{k}: {len(set(v))} of {len(v)} distinct' for k, v in seconds.items()])
     ax.set(xlim=(-.5, 24), ylim=(-.6, len(seconds)-.4)); ax.invert_yaxis()
     return label(ax, 'Day stamps leave the order of a day unknown', 'hour of the day')

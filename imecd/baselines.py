@@ -215,5 +215,5 @@ def plot_models(
     for j, metric in enumerate(metrics):
         bars = ax.barh([i+j*height for i in range(len(values))], [v[metric] for v in values.values()], height=height*.95, color=tones[j % 3], label=metric)
         ax.bar_label(bars, fmt='%.4f', padding=2, fontsize=8)
-    ax.set_yticks([i+height*(len(metrics)-1)/2 for i in range(len(values))], list(values)); ax.invert_yaxis(); ax.margins(x=.12); ax.legend(loc='lower left', bbox_to_anchor=(.72, 1), ncols=len(metrics), borderpad=0)
+    ax.set_yticks([i+height*(len(metrics)-1)/2 for i in range(len(values))], list(values)); ax.invert_yaxis(); ax.margins(x=.12); ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=len(metrics), borderpad=0)
     return label(ax, 'Longer is better; the whole catalogue is ranked', 'mean over users', 'model')

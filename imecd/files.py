@@ -8,7 +8,7 @@ import csv, difflib, gzip, io, json, re, zlib
 from pathlib import Path
 from typing import NamedTuple
 import polars as pl
-from .core import ITEM, USER, ImecdError, label, new_axes
+from .core import COLOURS, CYCLE, ITEM, USER, ImecdError, label, new_axes
 
 # %% auto #0
 __all__ = ['KINDS', 'SIGNS', 'CURES', 'ROW', 'short', 'lines_of', 'text_of', 'object_of', 'Source', 'header_of', 'look', 'choose',
@@ -289,7 +289,7 @@ def plot_damage(
 ): # the axis
     "Which damage is read in silence, by two readers."
     ax = new_axes(ax, figsize=(7, 2.6))
-    for j, shade in enumerate(('#8C8C8C', '#0072B2')):
+    for j, shade in enumerate((COLOURS['context'], CYCLE[0])):
         passed = [isinstance(r[j], int) for r in told.values()]
         ax.scatter([j]*len(told), range(len(told)), s=90, marker='s', color=[shade if p else 'white' for p in passed], edgecolor=shade)
         for y, (p, r) in enumerate(zip(passed, told.values())):
@@ -305,5 +305,5 @@ def plot_lines(
 ): # the axis
     "How far lines run ahead of rows."
     ax = new_axes(ax, figsize=(7, 2.4))
-    ax.plot(range(1, len(numbers)+1), numbers, color='#0072B2', lw=2); ax.plot([1, len(numbers)], [2, len(numbers)+1], '--', color='#8C8C8C', lw=1)
+    ax.plot(range(1, len(numbers)+1), numbers, color=CYCLE[0], lw=2); ax.plot([1, len(numbers)], [2, len(numbers)+1], '--', color=COLOURS['context'], lw=1)
     return label(ax, f'Row {len(numbers)} stands on line {numbers[-1]}, not on line {len(numbers)+1} (dashed)', 'row', 'line of the file')

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import polars as pl
-from .core import DAY, ITEM, ORDER, RATING, TIME, USER, ImecdError, label, new_axes, whole
+from .core import COLOURS, CYCLE, DAY, ITEM, ORDER, RATING, TIME, USER, ImecdError, label, new_axes, whole
 from .files import ROW, Source, check_lines, choose, collect, line_numbers, look, names_of, read_table, scan, short
 from .values import id_of, is_blank, number_of, time_of
 
@@ -275,7 +275,7 @@ def plot_long_tail(
     n = np.sort(np.asarray(counts))[::-1]
     ax = new_axes(ax, figsize=(7, 3))
     half = int(np.searchsorted(np.cumsum(n), n.sum()/2))+1
-    ax.plot(np.arange(1, len(n)+1), n, color='#0072B2', lw=2); ax.axvline(half, color='#D55E00', ls='--', lw=1)
+    ax.plot(np.arange(1, len(n)+1), n, color=CYCLE[0], lw=2); ax.axvline(half, color=COLOURS['mark'], ls='--', lw=1)
     ax.set(xscale='log', yscale='log')
     return label(ax, f'{half:,} of {len(n):,} items ({half/len(n):.0%}, left of the line) take half of the events', 'item, by rank', 'events')
 
@@ -287,7 +287,7 @@ def plot_lengths(
     "How many users have a history of each length."
     n, users = np.unique(np.asarray(lengths), return_counts=True)
     ax = new_axes(ax, figsize=(7, 3))
-    ax.vlines(n, .8, users, color='#56B4E9', lw=2); ax.plot(n, users, 'o', ms=3, color='#0072B2')
-    middle = float(np.median(lengths)); ax.axvline(middle, color='#D55E00', ls='--', lw=1)
+    ax.vlines(n, .8, users, color=CYCLE[0], lw=2); ax.plot(n, users, 'o', ms=3, color=CYCLE[0])
+    middle = float(np.median(lengths)); ax.axvline(middle, color=COLOURS['mark'], ls='--', lw=1)
     ax.set(xscale='log', yscale='log'); ax.set_ylim(bottom=.8)
     return label(ax, f'Half of the users have at most {middle:g} events (line)', 'events of a user', 'users')
