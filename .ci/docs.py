@@ -48,7 +48,8 @@ def site():
         title = re.search(r'^title: (.*)$', front.source, flags=re.M)
         if title: front.cell_type, front.source = 'markdown', '# ' + title[1].strip('"')
         target = out/path.relative_to(PROC).with_suffix('.html'); target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(exporter.from_notebook_node(nb)[0], encoding='utf-8')
+        page = exporter.from_notebook_node(nb, resources={'metadata': {'name': title[1].strip('"') if title else path.stem}})[0]
+        target.write_text(re.sub(r'<script[^>]*>(?:(?!</script>).)*html-manager.*?</script>', '', page, flags=re.S), encoding='utf-8')
     if Path('nbs/images').exists(): shutil.copytree('nbs/images', out/'images')
     print(f'quarto is not installed: plain pages in {out}/, open {out}/index.html')
 

@@ -290,4 +290,5 @@ def main(
     try: app([a for a in args if a != '--debug'], prog_name='imecd')
     except (ImecdError, OSError) as e:
         if debug: raise
-        typer.echo(f'imecd: {e}', err=True); raise SystemExit(2) from None
+        said = e if isinstance(e, ImecdError) or not e.filename else f'{e.filename}: {e.strerror}; name another file or folder'
+        typer.echo(f'imecd: {said}', err=True); raise SystemExit(2) from None

@@ -1,6 +1,5 @@
 "The command as a user types it: folders, tables, exit codes, one line on a mistake."
 import json
-import os
 from pathlib import Path
 
 import polars as pl
@@ -131,9 +130,9 @@ def test_a_traceback_on_request(imecd):
     code, _, err = imecd('data', 'check', 'nowhere', '--debug'); assert code not in (0, 2) and 'Traceback' in err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
 def test_a_folder_that_cannot_be_written(imecd, shop, tmp_path):
-    tmp_path.chmod(0o500); code, _, err = imecd('train', shop, '--model', 'popularity', '--out', tmp_path/'run'); assert code == 2 and 'Permission denied' in err
+    (tmp_path/'file').touch(); code, _, err = imecd('train', shop, '--model', 'popularity', '--out', tmp_path/'file'/'run')
+    assert code == 2 and 'file: File exists; name another' in err and len(err.strip().splitlines()) == 1
 
 
 CONFIGS = sorted((Path(__file__).parents[1]/'configs').glob('*.toml'))
