@@ -9,7 +9,7 @@ from typing import Iterator, NamedTuple
 import numpy as np, torch
 from torch import Tensor
 from .core import PAD, COLOURS, CYCLE, ImecdError, label, new_axes, rng
-from .histories import Split
+from .histories import Split, tie_starts
 
 # %% auto #0
 __all__ = ['Batch', 'Windows', 'cut_windows', 'Cases', 'SequenceData', 'sequence_data', 'epoch_rows', 'gather_rows', 'plot_batch',
@@ -206,9 +206,7 @@ def last_ties(
     "The untrained events of each user's last tie group, asked after what precedes the group."
     data = split.data
     if data.ties is None: raise ImecdError('ties are unknown: the data set has neither day_group nor timestamp')
-    user = np.repeat(np.arange(data.n_users), data.lengths); index = np.arange(len(user))
-    fresh = np.r_[True, (np.diff(data.ties) != 0) | (np.diff(user) != 0)]
-    group = np.maximum.accumulate(np.where(fresh, index, 0))                        # where each event's group begins
+    user = np.repeat(np.arange(data.n_users), data.lengths); index, group = np.arange(len(user)), tie_starts(data)
     end = np.where(split.test >= 0, split.test, 0)
     ask = (split.test >= 0)[user] & (group == group[end][user]) & (index >= split.train[user]) & (index <= end[user]) & (group > data.offsets[user])
     return user[ask], index[ask], group[ask]

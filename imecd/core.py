@@ -12,8 +12,8 @@ import torch
 
 # %% auto #0
 __all__ = ['USER', 'ITEM', 'TIME', 'ORDER', 'DAY', 'RATING', 'EVENT_COLUMNS', 'PAD', 'MODALITIES', 'STREAMS', 'COLOURS', 'CYCLE',
-           'STYLE', 'ImecdError', 'set_seed', 'digest', 'rng', 'pick_device', 'whole', 'whole_folder', 'save_json',
-           'load_json', 'progress', 'new_axes', 'label']
+           'STYLE', 'ImecdError', 'set_seed', 'digest', 'rng', 'pick_device', 'whole', 'free_folder', 'whole_folder',
+           'save_json', 'load_json', 'progress', 'new_axes', 'label']
 
 # %% ../nbs/00_core.ipynb #11826dc6
 USER, ITEM, TIME, ORDER, DAY, RATING = 'user', 'item', 'timestamp', 'order', 'day_group', 'rating'
@@ -79,16 +79,22 @@ def whole(
     try: yield part; os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #d1562530
+def free_folder(
+    path:str|Path, # a folder that is to be made
+)->Path:
+    "Refuse a place that holds something already."
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())): raise ImecdError(f'{path} exists and is not empty; give another folder or remove it first')
+    return path
+
 # %% ../nbs/00_core.ipynb #31ae2a55
 @contextmanager
 def whole_folder(
     path:str|Path, # the folder to make; it must not exist or be empty
 ):
     "A folder to fill; it becomes `path` when the block ends, and vanishes when the block fails."
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ImecdError(f"{path} exists and is not empty; give another folder or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = free_folder(path); path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.')); part.chmod(0o755)
     try:
         yield part

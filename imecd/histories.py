@@ -13,7 +13,7 @@ from .core import USER, ITEM, TIME, ORDER, DAY, ImecdError, COLOURS, digest, lab
 # %% auto #0
 __all__ = ['KCore', 'k_core', 'plot_k_core', 'encode_ids', 'tie_order', 'Arranged', 'arrange', 'Interactions',
            'load_interactions', 'Split', 'leave_one_out', 'time_split', 'content_hash', 'tied_last', 'statistics',
-           'plot_ties', 'last_tie_sizes']
+           'plot_ties', 'tie_starts', 'last_tie_sizes']
 
 # %% ../nbs/01b_histories.ipynb #9ba9b902
 class KCore(NamedTuple):
@@ -144,17 +144,42 @@ def _refuse(
     if (row := bad.arg_max()) is not None and bad[row]:
         raise ImecdError(f'{path}, row {row}: {what} ({int(bad.sum())} such rows); {cure}')
 
+# %% ../nbs/01b_histories.ipynb #e61e4a9d
+def _ids(
+    column:pl.Series, # raw ids
+    path:Path,        # file of the rows
+)->pl.Series: # as text
+    "Ids as text; only text and whole numbers are ids."
+    if column.dtype != pl.String and not column.dtype.is_integer(): raise ImecdError(f'{path}: {column.name} holds {column.dtype}, not text; use `imecd data convert`')
+    return column.cast(pl.String)
+
+# %% ../nbs/01b_histories.ipynb #1f11c25d
+def _whole_numbers(
+    column:pl.Series, # order, timestamp or day_group
+    path:Path,        # file of the rows
+)->pl.Series: # 64-bit integers
+    "A column of whole numbers; dates become seconds since 1970."
+    name, cure = column.name, 'use `imecd data convert`'
+    if column.dtype == pl.Date or column.dtype == pl.Datetime: column = column.dt.epoch('s')
+    if not column.dtype.is_numeric(): raise ImecdError(f'{path}: {name} holds {column.dtype}, whole numbers are needed; {cure}')
+    _refuse(column.is_null(), path, f'{name} is empty', cure)
+    if column.dtype.is_float(): _refuse(~column.is_finite() | (column != column.floor()), path, f'{name} is no whole number', cure)
+    column = column.cast(pl.Int64)
+    if name == TIME: _refuse((column < 0) | (column >= 4_102_444_800), path, 'timestamp is no second between 1970 and 2100', f'{cure}, which knows milliseconds and dates')
+    return column
+
 # %% ../nbs/01b_histories.ipynb #83a9b086
 def _tables(
     folder:Path, # data set
 )->tuple[pl.DataFrame, pl.DataFrame]: # events with a dense id of the item, items
     "The two tables of a data set, checked against each other."
     f, g = folder/'interactions.parquet', folder/'items.parquet'
-    events, items = _read_table(f, (USER, ITEM)), _read_table(g, (ITEM,)).with_columns(pl.col(ITEM).cast(pl.String))
+    events, items = _read_table(f, (USER, ITEM)), _read_table(g, (ITEM,)); items = items.with_columns(_ids(items[ITEM], g))
     if not {ORDER, TIME} & set(events.columns): raise ImecdError(f'{f} has neither {ORDER!r} nor {TIME!r}; add one of them')
-    events = events.with_columns(pl.col(USER, ITEM).cast(pl.String))
+    events = events.with_columns(_ids(events[c], f) for c in (USER, ITEM))
     _refuse(items[ITEM].is_null() | items[ITEM].is_duplicated(), g, 'its id is empty or stands twice', 'give every item one row')
-    for column in (c for c in (USER, ITEM, ORDER, TIME) if c in events.columns): _refuse(events[column].is_null(), f, f'{column} is empty', 'use `imecd data convert`')
+    for c in (USER, ITEM): _refuse(events[c].is_null() | (events[c].str.strip_chars() == ''), f, f'{c} is empty', 'use `imecd data convert`')
+    events = events.with_columns(_whole_numbers(events[c], f) for c in (ORDER, TIME, DAY) if c in events.columns)
     events = events.join(items.select(ITEM, (pl.int_range(1, pl.len()+1, dtype=pl.Int32)).alias('dense')), on=ITEM, how='left', maintain_order='left')
     unknown = events['dense'].is_null(); first = events[ITEM][unknown.arg_max()] if len(events) else ''
     _refuse(unknown, f, f'item {str(first)[:40]!r} is not in items.parquet', 'add it there or drop the row')
@@ -172,7 +197,7 @@ def load_interactions(
     codes, lengths = np.unique(a.user, return_counts=True)
     if lengths.min() < 3:
         raise ImecdError(f'{folder}: user {a.users[int(codes[lengths.argmin()])]!r} has {lengths.min()} events and {int((lengths < 3).sum())} users have fewer than 3; use --k-core 3')
-    column = lambda name: table[name].to_numpy()[a.rows].astype(np.int64) if name in table.columns else None
+    column = lambda name: table[name].to_numpy()[a.rows] if name in table.columns else None
     times, day = column(TIME), column(DAY)
     return Interactions(a.users.gather(codes).to_numpy().astype(object), items, table['dense'].to_numpy()[a.rows], np.r_[0, np.cumsum(lengths)].astype(np.int64),
                         times, day if day is not None else times)
@@ -253,11 +278,18 @@ def plot_ties(
     ax.set_xticks(range(1, 7), ['1 (order known)', *'2345', '6 or more'])
     return label(ax, f'For {100-share[0]:.0f} % of users chance decides which event came last', 'events at the time of the last one', 'users (%)')
 
+# %% ../nbs/01b_histories.ipynb #55cacb49
+def tie_starts(
+    data:Interactions, # a data set whose ties are known
+)->np.ndarray: # (events,) flat index of the first event of its tie group
+    "Where the tie group of each event begins."
+    user = np.repeat(np.arange(data.n_users), data.lengths)
+    fresh = np.r_[True, (np.diff(data.ties) != 0) | (np.diff(user) != 0)]
+    return np.maximum.accumulate(np.where(fresh, np.arange(len(user)), 0))
+
 # %% ../nbs/01b_histories.ipynb #3b782d55
 def last_tie_sizes(
     data:Interactions, # a data set whose ties are known
 )->np.ndarray: # (U,) events in the last tie group
     "How many trailing events of each user share one tie number."
-    user = np.repeat(np.arange(data.n_users), data.lengths)
-    breaks = np.r_[True, (np.diff(data.ties) != 0) | (np.diff(user) != 0)]
-    return data.offsets[1:] - np.maximum.accumulate(np.where(breaks, np.arange(len(user)), 0))[data.offsets[1:]-1]
+    return data.offsets[1:]-tie_starts(data)[data.offsets[1:]-1]

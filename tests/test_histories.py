@@ -188,3 +188,33 @@ def test_real_folders_are_taken_as_they_are(name, real):
     data = load_interactions(real(name))
     assert (data.n_users, data.n_items, len(data.events)) == KNOWN[name]
     assert isinstance(data, Interactions) and (data.lengths >= 3).all()
+
+
+GOOD = {'user': ['u']*4, 'item': ['a']*4, 'order': [0, 1, 2, 3], 'timestamp': [5, 6, 7, 8], 'day_group': [0, 0, 1, 1]}
+SPOILT = {
+    'order as text': ({'order': ['8', '9', '10', '11']}, 'order holds String, whole numbers are needed'),
+    'milliseconds': ({'timestamp': [1_500_000_000_000]*4}, 'row 0: timestamp is no second between 1970 and 2100'),
+    'before 1970': ({'timestamp': [5, 6, -7, 8]}, 'row 2: timestamp is no second'),
+    'NaN': ({'timestamp': [5., float('nan'), 7., 8.]}, 'row 1: timestamp is no whole number'),
+    'parts of a second': ({'timestamp': [5., 6.5, 7., 8.]}, 'row 1: timestamp is no whole number'),
+    'ISO': ({'timestamp': ['2020-01-01']*4}, 'timestamp holds String'),
+    'null day': ({'day_group': [0, None, 1, 1]}, 'row 1: day_group is empty'),
+    'day as text': ({'day_group': list('aabb')}, 'day_group holds String'),
+    'list of items': ({'item': [['a']]*4}, r'item holds List\(String\), not text'),
+    'float user': ({'user': [1., 1., 1., 1.]}, 'user holds Float64, not text'),
+    'blank user': ({'user': ['u', ' ', 'u', 'u']}, 'row 1: user is empty'),
+}
+
+
+@pytest.mark.parametrize('name', SPOILT)
+def test_columns_of_another_kind_are_refused(name, tmp_path):
+    change, message = SPOILT[name]
+    pl.DataFrame({**GOOD, **change}).write_parquet(tmp_path/'interactions.parquet'); pl.DataFrame({'item': ['a']}).write_parquet(tmp_path/'items.parquet')
+    with pytest.raises(ImecdError, match=message): load_interactions(tmp_path)
+
+
+def test_dates_and_whole_floats_are_numbers(tmp_path):
+    pl.DataFrame({'item': [7]}).write_parquet(tmp_path/'items.parquet')
+    when = pl.datetime_range(pl.datetime(2020, 1, 1), pl.datetime(2020, 1, 4), '1d', eager=True)
+    pl.DataFrame({'user': [1]*4, 'item': [7]*4, 'timestamp': when, 'order': [0., 1., 2., 3.]}).write_parquet(tmp_path/'interactions.parquet')
+    assert load_interactions(tmp_path).times.tolist() == [1577836800+86400*k for k in range(4)]
