@@ -5,7 +5,7 @@
 # %% ../nbs/11_baselines.ipynb #f075a074
 from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
-import difflib, itertools
+import difflib, itertools, math
 import numpy as np, polars as pl, torch
 from torch import Tensor
 from .core import COLOURS, CYCLE, ImecdError, label, new_axes, progress, rng
@@ -14,9 +14,9 @@ from .ranking import ranks
 from .metrics import summary
 
 # %% auto #0
-__all__ = ['KNN_GRID', 'MODELS', 'configure', 'PopularityConfig', 'Popularity', 'TransitionKNNConfig', 'transition_counts',
-           'TransitionKNN', 'sample_cases', 'quick_ranks', 'tune_knn', 'plot_trials', 'make_model', 'fit_baseline',
-           'plot_models']
+__all__ = ['KNN_GRID', 'MODELS', 'configure', 'named', 'PopularityConfig', 'Popularity', 'TransitionKNNConfig',
+           'transition_counts', 'TransitionKNN', 'sample_cases', 'quick_ranks', 'tune_knn', 'plot_trials', 'make_model',
+           'fit_baseline', 'plot_models']
 
 # %% ../nbs/11_baselines.ipynb #7ea360eb
 def configure(
@@ -28,11 +28,21 @@ def configure(
     for name, value in settings.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            raise ImecdError(f"{kind.__name__} has no field {name!r}; {f'did you mean {close[0]!r}?' if close else 'it has '+', '.join(known)}")
+            raise ImecdError(f"{kind.__name__} has no field {name!r}; {f'did you mean {close[0]!r}?' if close else 'it has '+', '.join(known) if known else 'there is nothing to set'}")
         wanted = (int, float) if known[name] is float else known[name]
         if not isinstance(value, wanted) or isinstance(value, bool) and known[name] is not bool:
             raise ImecdError(f'{kind.__name__}: {name}={value!r} is {type(value).__name__}; it must be {known[name].__name__}')
     return kind(**{name: known[name](value) for name, value in settings.items()})
+
+# %% ../nbs/11_baselines.ipynb #d2825761
+def named(
+    tensors:dict[str, Tensor], # of a stored model
+    *names:str,                # that are needed
+)->list[Tensor]:
+    "The tensors of these names; one that is absent is named."
+    for name in names:
+        if name not in tensors: raise ImecdError(f"the stored model has no tensor {name!r} but {', '.join(tensors) or 'none'}; it belongs to another model: train again")
+    return [tensors[name] for name in names]
 
 # %% ../nbs/11_baselines.ipynb #8323f3be
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Popularity:
     def query(self, batch:Batch)->Tensor: return batch.users            # (R,) nothing of the history matters
     def score(self, rows:Tensor)->Tensor: return self.counts.expand(len(rows), -1)  # (R, N+1)
     def tensors(self)->dict[str, Tensor]: return {'counts': self.counts}
-    def set_tensors(self, tensors:dict[str, Tensor]): self.counts = tensors['counts']; return self
+    def set_tensors(self, tensors:dict[str, Tensor]): self.counts = named(tensors, 'counts')[0]; return self
 
 # %% ../nbs/11_baselines.ipynb #83e7ecd1
 @dataclass(frozen=True)
@@ -63,8 +73,8 @@ class TransitionKNNConfig:
 
     def __post_init__(self):
         if self.direction not in ('forward', 'both'): raise ImecdError(f"direction={self.direction!r}; use 'forward' or 'both'")
-        for name, ok, cure in (('window', self.window >= 1, 'at least 1'), ('decay', 0 < self.decay <= 1, 'above 0 and at most 1'),
-                               ('shrinkage', self.shrinkage >= 0, 'at least 0'), ('pop_norm', 0 <= self.pop_norm <= 1, 'between 0 and 1')):
+        for name, ok, cure in (('window', 1 <= self.window <= 1000, 'between 1 and 1000'), ('decay', 0 < self.decay <= 1, 'above 0 and at most 1'),
+                               ('shrinkage', 0 <= self.shrinkage < math.inf, 'at least 0 and finite'), ('pop_norm', 0 <= self.pop_norm <= 1, 'between 0 and 1')):
             if not ok: raise ImecdError(f'{name}={getattr(self, name)}; it must be {cure}')
 
 # %% ../nbs/11_baselines.ipynb #9f033ea2
@@ -95,7 +105,8 @@ class TransitionKNN:
         a = transition_counts(data, self.config); popularity = data.counts().numpy(force=True).astype(float)
         rows = 1/np.maximum(np.asarray(a.sum(1)).ravel()+self.config.shrinkage, 1e-9)
         self.matrix = (sparse.diags(rows) @ a @ sparse.diags(np.maximum(popularity, 1)**-self.config.pop_norm)).tocsr().astype(np.float32)
-        self.back_off = torch.as_tensor(1e-7*popularity/max(popularity.max(), 1), dtype=torch.float32)
+        least = self.matrix.data.min(initial=1.)*self.config.decay**(self.config.window-1)               # the smallest evidence of one pair
+        self.back_off = torch.as_tensor(.5*least*popularity/max(popularity.max(), 1), dtype=torch.float32)
         return self
 
     def query(self, batch:Batch): # sparse (R, N+1)
@@ -116,12 +127,12 @@ class TransitionKNN:
 
     def set_tensors(self, tensors:dict[str, Tensor]):
         from scipy import sparse
-        n = len(tensors['indptr'])-1; self.back_off = tensors['back_off']
-        self.matrix = sparse.csr_matrix(tuple(tensors[k].numpy() for k in ('data', 'indices', 'indptr')), (n, n))
+        data, indices, indptr, self.back_off = named(tensors, 'data', 'indices', 'indptr', 'back_off')
+        self.matrix = sparse.csr_matrix((data.numpy(), indices.numpy(), indptr.numpy()), (len(indptr)-1,)*2)
         return self
 
 # %% ../nbs/11_baselines.ipynb #23ca6fa8
-KNN_GRID = {'window': (1, 2, 3, 5, 10, 20), 'decay': (.2, .35, .5, .7, .85, 1.), 'shrinkage': (0., 1., 10., 30., 100., 1000.), 'pop_norm': (0., .1, .25, .5)}
+KNN_GRID = {'window': (1, 2, 3, 5, 10, 20), 'decay': (.2, .35, .5, .7, .85, 1.), 'shrinkage': (0., 1., 10., 100., 1000., 10_000.), 'pop_norm': (0., .1, .25, .5)}
 
 # %% ../nbs/11_baselines.ipynb #cf518b2d
 def sample_cases(
@@ -155,6 +166,7 @@ def tune_knn(
     "Search the settings one after another, twice, for each direction."
     fixed = fixed or {}; configure(TransitionKNNConfig, fixed)
     cases, tried = sample_cases(data.cases('valid'), users), {}
+    if not len(cases.users): raise ImecdError('nobody has a validation target in this split, so nothing can be chosen; set every field and use --no-tune, or another split')
     def value(config):
         if config not in tried: tried[config] = summary(quick_ranks(TransitionKNN(config).fit(data), data, cases))[metric]
         return tried[config]

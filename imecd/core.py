@@ -13,7 +13,7 @@ import torch
 # %% auto #0
 __all__ = ['USER', 'ITEM', 'TIME', 'ORDER', 'DAY', 'RATING', 'EVENT_COLUMNS', 'PAD', 'MODALITIES', 'STREAMS', 'COLOURS', 'CYCLE',
            'STYLE', 'ImecdError', 'set_seed', 'digest', 'rng', 'pick_device', 'whole', 'free_folder', 'whole_folder',
-           'save_json', 'load_json', 'progress', 'new_axes', 'label']
+           'save_json', 'load_json', 'load_array', 'progress', 'new_axes', 'label']
 
 # %% ../nbs/00_core.ipynb #11826dc6
 USER, ITEM, TIME, ORDER, DAY, RATING = 'user', 'item', 'timestamp', 'order', 'day_group', 'rating'
@@ -118,6 +118,17 @@ def load_json(
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise ImecdError(f'{path} is not there') from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ImecdError(f'{path} is not JSON ({e}); it may have been cut off: make it again') from None
+
+# %% ../nbs/00_core.ipynb #c4b9b21b
+def load_array(
+    path:str|Path, # a .npy file
+)->np.ndarray: # memory-mapped, at least one dimension
+    "Open a numpy file as a memory map; nothing is unpickled."
+    try: x = np.lib.format.open_memmap(path, mode='r')
+    except FileNotFoundError: raise ImecdError(f'{path} is not there') from None
+    except (ValueError, EOFError, OSError) as e: raise ImecdError(f'{path} is not a numpy array ({str(e)[:90]}); it may have been cut off: make it again') from None
+    if not x.ndim: raise ImecdError(f'{path} holds a single number, not a row for each item; make it again')
+    return x
 
 # %% ../nbs/00_core.ipynb #4daee32e
 def progress(

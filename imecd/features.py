@@ -7,13 +7,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from .core import COLOURS, CYCLE, MODALITIES, ImecdError, digest, label, load_json, new_axes, save_json, whole
+from .core import COLOURS, CYCLE, MODALITIES, ImecdError, digest, label, load_array, load_json, new_axes, save_json, whole
 from .files import short
 
 # %% auto #0
 __all__ = ['SCHEMA', 'CODE_WIDTH', 'Vectors', 'describe', 'Features', 'padded', 'join_features', 'load_manifest', 'save_features',
-           'load_array', 'check_ids', 'from_npy', 'code_columns', 'reduce_width', 'from_codes', 'load_codes', 'project',
-           'plot_map', 'plot_missing']
+           'check_ids', 'from_npy', 'code_columns', 'reduce_width', 'from_codes', 'load_codes', 'project', 'plot_map',
+           'plot_missing']
 
 # %% ../nbs/03_features.ipynb #d293ae3c
 class Vectors(NamedTuple):
@@ -123,16 +123,6 @@ def save_features(
     for name in MODALITIES:
         if manifest[name] is None and old.get(name): [(folder/f'{name}_{kind}.npy').unlink(missing_ok=True) for kind in ('features', 'present')]
     return folder
-
-# %% ../nbs/03_features.ipynb #d98496d9
-def load_array(
-    path:str|Path, # a .npy file
-)->np.ndarray: # memory-mapped
-    "Open a numpy file as a memory map; nothing is unpickled."
-    try: return np.lib.format.open_memmap(path, mode='r')
-    except FileNotFoundError: raise ImecdError(f'{path} is not there') from None
-    except (ValueError, EOFError, OSError) as e:
-        raise ImecdError(f'{path} is not a numpy array ({short(e, 90)}); it may have been cut off: make it again') from None
 
 # %% ../nbs/03_features.ipynb #114d531d
 def check_ids(

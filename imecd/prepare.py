@@ -4,9 +4,10 @@
 
 # %% ../nbs/01d_prepare.ipynb #b72971f1
 from __future__ import annotations
+import shutil
 from pathlib import Path
 import numpy as np, polars as pl
-from .core import ITEM, ORDER, EVENT_COLUMNS, ImecdError, progress, save_json, whole_folder
+from .core import ITEM, ORDER, EVENT_COLUMNS, ImecdError, free_folder, load_array, progress, save_json, whole_folder
 from .interactions import Events, read_events, read_items
 from .histories import Arranged, arrange
 
@@ -26,16 +27,19 @@ def _catalogue(
 
 # %% ../nbs/01d_prepare.ipynb #1cef1fac
 def _copy_matrices(
-    source:Path,        # folder of the source
-    rows:list[int],     # rows of its table of items to keep, in order
-    n:int,              # rows of its table of items
-    out:Path,           # folder to write to
+    source:Path,     # folder of the source
+    place:dict,      # item -> its row in the source's table
+    ids:list,        # items of the new data set, in order
+    out:Path,        # folder to write to
 )->None:
-    "Keep per-item matrices beside the source in step with the items."
+    "Keep per-item matrices beside the source in step with the items; an item that the source does not know is marked as missing."
+    rows = np.array([place.get(i, -1) for i in ids])
     for path in sorted(p for kind in ('features', 'codes', 'present') for p in source.glob(f'*_{kind}.npy')):
-        x = np.load(path, mmap_mode='r', allow_pickle=False)
-        if len(x) != n: raise ImecdError(f'{path} has {len(x)} rows, {source}/items.parquet has {n}; make the features again')
-        np.save(out/path.name, x[rows])
+        x = load_array(path); modality, kind = path.stem.rsplit('_', 1)
+        if len(x) != len(place): raise ImecdError(f'{path} has {len(x)} rows, {source}/items.parquet has {len(place)}; make the features again')
+        kept = x[rows]; kept[rows < 0] = -1 if kind == 'codes' else 0
+        np.save(out/path.name, kept)
+        if (rows < 0).any() and kind == 'features' and not (source/f'{modality}_present.npy').exists(): np.save(out/f'{modality}_present.npy', rows >= 0)
 
 # %% ../nbs/01d_prepare.ipynb #57bf6421
 def find_source(
@@ -59,7 +63,8 @@ def convert(
     quarantine:str|Path|None=None, # csv for rows that could not be used
 )->dict: # what was read, dropped and kept
     "Make a data set of any events; it appears whole or not at all."
-    path, found = (None, None) if isinstance(src, Events) else find_source(src)
+    path, found = (None, None) if isinstance(src, Events) else find_source(src); free_folder(out)
+    if quarantine and Path(out).resolve() in Path(quarantine).resolve().parents: raise ImecdError(f'the quarantine {quarantine} lies in {out}, which does not exist yet; name a file beside it')
     with progress(desc='reading events', unit='step', total=4) as steps:
         events = src if path is None else read_events(path, columns=columns)
         if quarantine: events.rejects.save(quarantine)
@@ -90,10 +95,13 @@ def _in_step(
     known:pl.DataFrame, # its content
     part:Path,          # the folder being written
 )->None:
-    "Copy the matrices of a canonical folder for the items that stayed."
-    place = dict(zip(known[ITEM], range(len(known))))
-    rows = [place[i] for i in pl.read_parquet(part/'items.parquet', columns=[ITEM])[ITEM] if i in place]
-    if len(rows) == pl.scan_parquet(part/'items.parquet').select(pl.len()).collect().item(): _copy_matrices(path.parent, rows, len(known), part)
+    "Carry matrices and pictures of a canonical folder along for the items that stayed."
+    ids = pl.read_parquet(part/'items.parquet', columns=[ITEM])[ITEM].to_list()
+    _copy_matrices(path.parent, {item: row for row, item in enumerate(known[ITEM])}, ids, part)
+    stay = set(ids)
+    for folder in (f for name in ('images_small', 'images') if (f := path.parent/name).is_dir()):
+        (part/folder.name).mkdir()
+        for picture in (p for p in folder.iterdir() if p.is_file() and p.stem in stay): shutil.copyfile(picture, part/folder.name/picture.name)
 
 # %% ../nbs/01d_prepare.ipynb #179b1eb8
 def _write(

@@ -41,7 +41,7 @@ def test_counts_and_scores_are_those_of_a_loop(made, config):
         h = data.events[data.offsets[u]:data.offsets[u+1]-1].tolist()[::-1][:config.window]
         for b in range(1, 21):
             want = sum(config.decay**k * matrix[a, b]/max(rows[a]+config.shrinkage, 1e-9)/max(popularity[b], 1)**config.pop_norm for k, a in enumerate(h))
-            assert scores[r, b] == pytest.approx(want+1e-7*popularity[b]/popularity.max(), rel=1e-4, abs=1e-9)
+            assert scores[r, b] == pytest.approx(want+float(model.back_off[b]), rel=1e-4, abs=1e-12)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -88,8 +88,8 @@ def test_a_sample_is_fixed_and_sorted(made):
     assert torch.equal(a.users, b.users) and len(a.users) == 20 and (a.users.diff() > 0).all() and sample_cases(cases, 50) is cases
 
 
-@pytest.mark.parametrize('settings, message', [({'windw': 1}, "did you mean 'window'"), ({'direction': 'back'}, "use 'forward' or 'both'"), ({'window': 0}, 'window=0; it must be at least 1'),
-                                               ({'decay': 0}, 'decay=0'), ({'shrinkage': -1}, 'shrinkage=-1'), ({'pop_norm': 2}, 'pop_norm=2'), ({'zzz': 1}, 'it has direction, window')])
+@pytest.mark.parametrize('settings, message', [({'windw': 1}, "did you mean 'window'"), ({'direction': 'back'}, "use 'forward' or 'both'"), ({'window': 0}, 'window=0; it must be between 1 and 1000'),
+                                               ({'decay': 0}, 'decay=0'), ({'shrinkage': -1.}, 'shrinkage=-1'), ({'shrinkage': float('inf')}, 'at least 0 and finite'), ({'pop_norm': 2}, 'pop_norm=2'), ({'zzz': 1}, 'it has direction, window')])
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ImecdError, match=message): configure(TransitionKNNConfig, settings)
 
