@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import polars as pl
-from .core import CYCLE, ITEM, ImecdError, label, new_axes, save_json
+from .core import CYCLE, ITEM, ImecdError, label, new_axes, progress, save_json
 from .files import lines_of, object_of, short, text_of
 
 # %% auto #0
@@ -129,7 +129,7 @@ def read_meta(
     if not path.is_file(): raise ImecdError(f'{path} is not there or not a file; fetch it from {AMAZON[year].page}')
     keep, seen, parts, rows = None if keep is None else frozenset(keep), set(), [], []
     dropped = dict.fromkeys(('no id', 'not kept', 'repeated item'), 0)
-    for number, line in lines_of(path, path.name.endswith('.gz')):
+    for number, line in progress(lines_of(path, path.name.endswith('.gz')), 'items', 'line'):
         if not line.strip(): continue
         raw = meta_line(path, number, line); row_id = str(raw.get('parent_asin') or raw.get('asin') or '').strip()
         why = 'no id' if not row_id else 'not kept' if keep is not None and row_id not in keep else 'repeated item' if row_id in seen else None

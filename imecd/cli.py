@@ -4,11 +4,11 @@
 
 # %% ../nbs/15_cli.ipynb #a3099570
 from __future__ import annotations
-import json, sys, time, tomllib
+import json, shutil, sys, time, tomllib
 from pathlib import Path
 from typing import Annotated, Optional
 import numpy as np, typer
-from .core import ITEM, MODALITIES, ImecdError, pick_device, set_seed
+from .core import ITEM, MODALITIES, ImecdError, free_folder, load_array, pick_device, set_seed
 from .histories import last_tie_sizes, leave_one_out, load_interactions, plot_ties, statistics, time_split
 from .interactions import plot_lengths, plot_long_tail, read_events
 from .prepare import convert as convert_events
@@ -22,7 +22,7 @@ from .baselines import fit_baseline, make_model, plot_models
 # %% auto #0
 __all__ = ['app', 'data_app', 'Json', 'KCore', 'Folder', 'DEMO', 'show', 'check', 'feature_state', 'shop', 'pairs', 'convert',
            'amazon', 'features', 'load_split', 'feature_space', 'parse_value', 'read_config', 'train', 'train_run',
-           'headline', 'evaluate_run', 'table', 'demo', 'main']
+           'headline', 'evaluate_run', 'table', 'demo', 'explain', 'main']
 
 # %% ../nbs/15_cli.ipynb #ed5f6f9c
 app = typer.Typer(help='Multimodal sequential recommendation: data, features, training, evaluation. Add --debug to any command for a traceback.',
@@ -66,13 +66,15 @@ def feature_state(
     folder:Path, # a data set
     n:int,       # its items
 )->dict: # modality -> a line
-    "What the folder offers for each modality, without computing anything."
+    "What the folder offers for each modality, checked, without computing features."
     out = {}
     for modality, pictures in (('text', ()), ('image', ('images_small', 'images'))):
         files = [p for kind in ('features', 'codes') if (p := folder/f'{modality}_{kind}.npy').exists()]
-        shapes = [f'{p.name} {np.load(p, mmap_mode="r", allow_pickle=False).shape}' for p in files]
-        if wrong := [s for p, s in zip(files, shapes) if len(np.load(p, mmap_mode='r', allow_pickle=False)) != n]:
-            raise ImecdError(f'{folder}/{wrong[0]}: the rows must be as many as the {n} rows of items.parquet')
+        arrays = {p.name: load_array(p) for p in files}; shapes = [f'{name} {x.shape}' for name, x in arrays.items()]
+        for name, x in arrays.items():
+            if len(x) != n: raise ImecdError(f'{folder}/{name} has {len(x)} rows, items.parquet has {n}; make it again')
+            bad = np.flatnonzero(~np.isfinite(x).reshape(n, -1).all(1)) if x.dtype.kind == 'f' else ()
+            if len(bad): raise ImecdError(f'{folder}/{name}, row {bad[0]}: not a finite number ({len(bad)} such rows); make it again')
         raw = [f'{d}/' for d in pictures if (folder/d).is_dir()]
         out[modality] = ', '.join(shapes+raw) or None
     return out
@@ -129,7 +131,7 @@ def amazon(
     as_json:Json=False,
 ):
     "Download a category of Amazon reviews and make a data set of it; an interrupted download goes on where it stopped."
-    reviews, meta = fetch_amazon(category, year, raw)
+    free_folder(out); reviews, meta = fetch_amazon(category, year, raw)
     events = read_events(reviews); known = read_meta(meta, year, events.table[ITEM].unique().to_list())
     show({k: v for k, v in convert_events(events, out, known.items, k_core).items() if as_json or not isinstance(v, (list, dict))}, as_json)
 
@@ -164,11 +166,15 @@ def load_split(
 # %% ../nbs/15_cli.ipynb #286c48d6
 def feature_space(
     folder:Path, # a data set
+    source=None, # folder that `imecd features` wrote; None: what the data set offers
 ): # features (N+1, F) in which lists are compared, or None; their manifest
     "Text, or pictures where there is no text."
-    for text, image in (('auto', 'none'), ('none', 'auto')):
+    how = str(source) if source else 'auto'
+    for text, image in ((how, 'none'), ('none', how)):
+        if source and not (Path(source)/f"{'text' if image == 'none' else 'image'}_features.npy").exists(): continue
         found = load_features(folder, text, image); x = found.text if image == 'none' else found.image
         if x is not None: return x, found.manifest
+    if source: raise ImecdError(f'{source} holds neither text_features.npy nor image_features.npy; `imecd features {folder} --out {source}` makes them')
     return None, found.manifest
 
 # %% ../nbs/15_cli.ipynb #5747fec0
@@ -184,11 +190,12 @@ def read_config(
     path:Path, # a TOML file
 )->dict: # some of model, settings, split, length
     "A configuration: what differs from the defaults. A key that does not exist is named."
+    if not path.is_file(): raise ImecdError(f'{path} is not there; name a TOML file')
     try: told = tomllib.loads(path.read_text(encoding='utf-8'))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ImecdError(f'{path}: not TOML, {e}') from None
     known = {'model': str, 'settings': dict, 'split': str, 'length': int}
     for key, value in told.items():
-        if not isinstance(value, known.get(key, ())): raise ImecdError(f"{path}: {key}={value!r} cannot be used; there are {', '.join(f'{k} ({t.__name__})' for k, t in known.items())}")
+        if not isinstance(value, known.get(key, ())) or isinstance(value, bool): raise ImecdError(f"{path}: {key}={value!r} cannot be used; there are {', '.join(f'{k} ({t.__name__})' for k, t in known.items())}")
     return told
 
 # %% ../nbs/15_cli.ipynb #69058cb0
@@ -203,6 +210,7 @@ def train(
     length:Annotated[Optional[int], typer.Option(help='Longest history a model reads; 50 by default.')]=None,
     k_core:KCore=0,
     tune:Annotated[bool, typer.Option(help='Choose on validation what --set leaves open.')]=True,
+    features:Annotated[Optional[Path], typer.Option(help='Folder that `imecd features --out` wrote; by default what the data set offers.')]=None,
     seed:int=0,
     device:str='auto',
     as_json:Json=False,
@@ -213,16 +221,16 @@ def train(
     model, split, length = (a if a is not None else told.get(k, d) for k, a, d in (('model', model, 'imecd'), ('split', split, 'leave_one_out'), ('length', length, 50)))
     settings = {**told.get('settings', {}), **{k: parse_value(v) for k, v in pairs(set_, '--set').items()}}
     make_model(model, settings)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ImecdError(f'{out} exists and is not empty; give another --out')
-    run = train_run(folder, out, model, settings, split, length, k_core, tune, seed, device, started)
+    free_folder(out)
+    run = train_run(folder, out, model, settings, split, length, k_core, tune, seed, device, started, features)
     show(run.metrics if as_json else headline(run.metrics), as_json)
 
 # %% ../nbs/15_cli.ipynb #fdf13b39
-def train_run(folder, out, model, settings, split='leave_one_out', length=50, k_core=0, tune=True, seed=0, device='auto', started=None)->Run:
+def train_run(folder, out, model, settings, split='leave_one_out', length=50, k_core=0, tune=True, seed=0, device='auto', started=None, features=None)->Run:
     "What `imecd train` does, from Python; arguments as there."
     started = started or time.time(); data = load_split(folder, split, length, k_core, device)
     fitted, trials = fit_baseline(model, data, settings, tune)
-    space, manifest = feature_space(folder)
+    space, manifest = feature_space(folder, features)
     config = {'model': model, 'settings': vars(fitted.config) | {}, 'split': split, 'length': length, 'k_core': k_core, 'seed': seed}
     found = assess(fitted, data, space)
     return save_run(out, config, fitted, found, provenance(data, folder, started, features=manifest), {} if trials is None else {'trials': trials})
@@ -239,6 +247,7 @@ def headline(
 def evaluate_run(
     folder:Annotated[Path, typer.Argument(metavar='RUN', help='A run folder.')],
     data:Annotated[Optional[Path], typer.Option(help='The data set, where it has moved.')]=None,
+    features:Annotated[Optional[Path], typer.Option(help='Folder of features that the run used, if not those of the data set.')]=None,
     device:str='auto',
     as_json:Json=False,
 ):
@@ -248,7 +257,7 @@ def evaluate_run(
     if (found := statistics(split.split.data)['hash']) != (known := run.provenance['data']['hash']):
         raise ImecdError(f'{source} is not the data set of this run (hash {found[:12]}, not {known[:12]}); name the right one with --data')
     model = make_model(c['model'], c['settings']).set_tensors(load_tensors(folder))
-    metrics = assess(model, split, feature_space(source)[0]).metrics
+    metrics = assess(model, split, feature_space(source, features)[0]).metrics
     show(metrics if as_json else headline(metrics), as_json)
 
 # %% ../nbs/15_cli.ipynb #2533f4bb
@@ -267,19 +276,29 @@ def table(
 # %% ../nbs/15_cli.ipynb #eb4412ea
 @app.command(epilog='Example: imecd demo runs/demo')
 def demo(
-    out:Annotated[Path, typer.Argument(help='Folder to make; what an earlier demo left there is used again.')],
+    out:Annotated[Path, typer.Argument(help='Folder to make; what an earlier demo left there is made again.')],
     seed:int=0,
 ):
     "Make the shop, measure the baselines on it, print their table, write figures."
-    data, rows = out/'shop', {}
-    if not (data/'items.parquet').exists(): shop(data, seed=seed)
+    data, rows = out/'shop', {}; folders = {title: out/title.replace(', ', '_').replace(' ', '_') for title in DEMO}
+    for folder in (data, *folders.values()): shutil.rmtree(folder, ignore_errors=True)
+    shop(data, seed=seed)
     for title, (model, settings) in DEMO.items():
-        folder = out/title.replace(', ', '_').replace(' ', '_')
-        run = load_run(folder) if folder.exists() else train_run(data, folder, model, settings, seed=seed)
-        rows[title] = run.metrics
+        rows[title] = train_run(data, folders[title], model, settings, seed=seed).metrics
     check(data, figures=out/'figures')
     save_figures({'models': plot_models({k: v['test'] for k, v in rows.items()})}, out/'figures')
     typer.echo(f'\nTest, history kept, all {load_interactions(data).n_items} items ranked, mean over users\n{table(rows)}\n\nfigures in {out}/figures and in the run folders beside it')
+
+# %% ../nbs/15_cli.ipynb #57e0b583
+def explain(
+    e:Exception, # what was raised
+)->str|None: # one line for the user, empty where the help was shown; None for a mistake of this package
+    "What a user did wrong, and what to do."
+    if isinstance(e, ImecdError): return str(e)
+    if isinstance(e, OSError): return f'{e.filename}: {e.strerror}; name another file or folder' if e.filename else str(e)
+    if not hasattr(e, 'format_message'): return None
+    text, path = ' '.join(e.format_message().split()), getattr(getattr(e, 'ctx', None), 'command_path', 'imecd')
+    return f'{text.rstrip(".")}; `{path} --help` shows an example' if text else ''
 
 # %% ../nbs/15_cli.ipynb #78f55104
 def main(
@@ -287,8 +306,11 @@ def main(
 ):
     "Run the command line: exit code 2 and one line on a user's mistake, a traceback only with --debug."
     args = list(sys.argv[1:] if args is None else args); debug = '--debug' in args
-    try: app([a for a in args if a != '--debug'], prog_name='imecd')
-    except (ImecdError, OSError) as e:
-        if debug: raise
-        said = e if isinstance(e, ImecdError) or not e.filename else f'{e.filename}: {e.strerror}; name another file or folder'
-        typer.echo(f'imecd: {said}', err=True); raise SystemExit(2) from None
+    try: code = app([a for a in args if a != '--debug'], prog_name='imecd', standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort): typer.echo('imecd: stopped', err=True); raise SystemExit(130) from None
+    except Exception as e:
+        said = explain(e)
+        if debug or said is None: raise
+        if said: typer.echo(f'imecd: {said}', err=True)
+        raise SystemExit(2) from None
+    if isinstance(code, int) and code: raise SystemExit(code)

@@ -85,7 +85,7 @@ def _repeats(
     table:pl.DataFrame, # cleaned rows without a fault
 )->pl.Series: # row numbers to drop
     "Rows that repeat an event of another row."
-    when = '_order' if '_order' in table.columns else '_timestamp' if '_timestamp' in table.columns else None
+    when = '_timestamp' if '_timestamp' in table.columns else '_order' if '_order' in table.columns else None
     if when is None: return pl.Series([], dtype=pl.UInt32)
     same = [f'_{USER}', f'_{ITEM}', when]
     some = _meeting(table, same)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 import numpy as np, polars as pl, torch
 from torch import Tensor
-from .core import PAD, USER, COLOURS, CYCLE, ImecdError, label, new_axes
+from .core import PAD, USER, COLOURS, CYCLE, ImecdError, label, new_axes, progress
 from .batch import Cases, SequenceData
 from .ranking import STRIP, both_lists, history_pairs, ranks
 
@@ -205,7 +205,7 @@ def evaluate(
     if not len(cases.users): raise ImecdError('no question to ask: nobody has a target in this split')
     parts, step = [], max(1, budget//(2*(data.n_items+1)))
     with at_rest(model):
-        for a in range(0, len(cases.users), batch_size):
+        for a in progress(range(0, len(cases.users), batch_size), 'evaluating', 'batch'):
             stop = min(a+batch_size, len(cases.users)); query = model.query(data.history(cases, slice(a, stop)))
             for b in range(a, stop, step): parts.append(_answer(model, query[b-a:min(b+step, stop)-a], data, cases, slice(b, min(b+step, stop)), k))
     users, length = cases.users.cpu(), data.offsets.diff()[cases.users].cpu()

@@ -116,7 +116,7 @@ def save_figures(
 )->None:
     "Write figures as PNG and close them."
     import matplotlib.pyplot as plt
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, ax in figures.items(): ax.figure.savefig(folder/f'{name}.png'); plt.close(ax.figure)
 
 # %% ../nbs/09a_runs.ipynb #ff292786
@@ -127,6 +127,9 @@ def load_run(
     folder = Path(folder)
     if not folder.is_dir(): raise ImecdError(f'{folder} is not a run folder; `imecd train DATA --out {folder}` makes one')
     config, metrics, origin = (load_json(folder/f'{name}.json') for name in ('config', 'metrics', 'provenance'))
+    for content, name, keys in ((config, 'config', ('model', 'settings', 'split', 'length', 'k_core')), (origin, 'provenance', ('data', 'code', 'time'))):
+        if not isinstance(content, dict) or (missing := [k for k in keys if k not in content]):
+            raise ImecdError(f"{folder}/{name}.json is not that of a run{f': it has no {missing[0]!r}' if isinstance(content, dict) else ''}; train again")
     try: ranks = pl.read_parquet(folder/'ranks.parquet')
     except (FileNotFoundError, pl.exceptions.PolarsError) as e: raise ImecdError(f'{folder}/ranks.parquet is missing or broken ({str(e)[:60]}); train again') from None
     return Run(folder, config, metrics, ranks, origin)

@@ -130,6 +130,18 @@ def test_convert_keeps_matrices_in_step(tmp_path):
     assert not (tmp_path/'again').exists()
 
 
+def test_convert_marks_items_that_the_source_does_not_know(tmp_path):
+    src = tmp_path/'src'; (src/'images_small').mkdir(parents=True)
+    pl.DataFrame({'user': list('uuuvvv'), 'item': list('abxabx'), 'order': list(range(6))}).write_parquet(src/'interactions.parquet')
+    pl.DataFrame({'item': list('cba')}).write_parquet(src/'items.parquet'); np.save(src/'text_features.npy', np.arange(1, 4.)[:, None]); np.save(src/'image_codes.npy', np.arange(12).reshape(3, 4))
+    for name in 'abc': (src/f'images_small/{name}.jpg').write_bytes(name.encode())
+    convert(src, tmp_path/'out', k=2)
+    assert pl.read_parquet(tmp_path/'out/items.parquet')['item'].to_list() == ['a', 'b', 'x']
+    assert np.load(tmp_path/'out/text_features.npy')[:, 0].tolist() == [3, 2, 0] and np.load(tmp_path/'out/text_present.npy').tolist() == [True, True, False]
+    assert np.load(tmp_path/'out/image_codes.npy')[:, 0].tolist() == [8, 4, -1]
+    assert sorted(p.name for p in (tmp_path/'out/images_small').iterdir()) == ['a.jpg', 'b.jpg']
+
+
 def test_a_converted_folder_converts_to_itself(tmp_path, shop):
     convert(shop, tmp_path/'one', k=0); convert(tmp_path/'one', tmp_path/'two', k=0)
     a, b = load_interactions(tmp_path/'one'), load_interactions(tmp_path/'two')

@@ -56,8 +56,10 @@ def test_imports_go_down_the_numbers(path):
     numbers = {module(p): number(p) for p in CHAPTERS}
     for cell in exported(read(path)):
         for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import): assert not any(a.name.startswith('imecd') for a in node.names), f'{path.name}: write `from imecd.module import name`'
             if isinstance(node, ast.ImportFrom):
                 assert not any(a.name == '*' for a in node.names), f'{path.name} imports *'
+                assert node.module != 'imecd', f'{path.name}: write `from imecd.module import name`'
                 if (node.module or '').startswith('imecd.'): assert numbers[node.module[6:]] < number(path), f'{path.name} imports {node.module}'
 
 
@@ -141,7 +143,9 @@ def test_library_is_in_sync(tmp_path):
 
 
 def test_index_of_modules_is_in_sync():
-    assert {f'imecd/{module(p)}.py' for p in CHAPTERS} <= {f for names in index()['syms'].values() for _, f in names.values()} | {f'imecd/{module(p)}.py' for p in CHAPTERS if not names_of(p)}
+    "Every function and class stands in _modidx.py, and nothing else does."
+    found = {name for names in index()['syms'].values() for name in names if name.count('.') == 2}
+    assert found == {f'imecd.{module(p)}.{n.name}' for p in CHAPTERS for n in names_of(p)}
 
 
 def index():
@@ -182,6 +186,8 @@ def test_facts_stand_once():
     assert f'name="{cfg.lib_name}"' in (ROOT/'pyproject.toml').read_text()
     assert (LIB/'__init__.py').read_text().strip() == f'__version__ = "{cfg.version}"'
     assert f'version: {cfg.version}' in (ROOT/'CITATION.cff').read_text()
+    for path in tracked():
+        if path.suffix in {'.py', '.toml', '.yml', '.yaml', '.cfg'} and path != Path(__file__): assert cfg.author_email not in path.read_text() and f'github.com/{cfg.user}' not in path.read_text(), path.name
 
 
 def test_workflow_runs_the_oldest_set():
@@ -200,6 +206,7 @@ def test_readme_is_in_sync(tmp_path):
     run = subprocess.run([sys.executable, '-c', "if __name__ == '__main__':\n " + code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path/'README.md').read_text() == before, 'run `make readme`'
+    assert '\n| data | model |' in before and 'output: asis' not in before
 
 
 def test_imports_are_cheap():
