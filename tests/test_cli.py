@@ -115,7 +115,7 @@ MISTAKES = {
     'unknown option': (('data', 'check', '{shop}', '--nonsense'), 'No such option'),
     'no such command': (('trian', 'x'), "No such command 'trian'"),
     'argument missing': (('train',), 'Missing argument'),
-    'not a number': (('train', '{shop}', '--out', 'x', '--length', 'abc'), 'abc'),
+    'not a number': (('train', '{shop}', '--out', 'x', '--length', 'abc'), "Invalid value for '--length'"),
     'features elsewhere': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--features', 'nowhere'), 'holds neither text_features.npy'),
     'infinite': (('train', '{shop}', '--out', 'x', '--model', 'transition_knn', '--set', 'shrinkage=Infinity'), 'finite'),
     'nothing to set': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--set', 'a=1'), 'nothing to set'),
