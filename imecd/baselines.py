@@ -5,7 +5,8 @@
 # %% ../nbs/11_baselines.ipynb #f075a074
 from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
-import difflib, itertools, math
+from pathlib import Path
+import difflib, itertools, json, math, tomllib
 import numpy as np, polars as pl, torch
 from torch import Tensor
 from .core import COLOURS, CYCLE, ImecdError, label, new_axes, progress, rng
@@ -16,7 +17,7 @@ from .metrics import summary
 # %% auto #0
 __all__ = ['KNN_GRID', 'MODELS', 'configure', 'named', 'PopularityConfig', 'Popularity', 'TransitionKNNConfig',
            'transition_counts', 'TransitionKNN', 'sample_cases', 'quick_ranks', 'tune_knn', 'plot_trials', 'make_model',
-           'fit_baseline', 'plot_models']
+           'fit_baseline', 'pairs', 'parse_value', 'read_config', 'plot_models']
 
 # %% ../nbs/11_baselines.ipynb #7ea360eb
 def configure(
@@ -216,6 +217,37 @@ def fit_baseline(
     if tune and name == 'transition_knn': config, trials = tune_knn(data, settings); model = TransitionKNN(config)
     return model.fit(data), trials
 
+# %% ../nbs/11_baselines.ipynb #b3b8c64d
+def pairs(
+    given:list[str]|None, # `name=value` each
+    what:str,             # the option, for messages
+)->dict[str, str]:
+    "Options of the form name=value."
+    for text in given or []:
+        if '=' not in text: raise ImecdError(f'{what} {text!r}: write it as name=value')
+    return dict(text.split('=', 1) for text in given or [])
+
+# %% ../nbs/11_baselines.ipynb #cbfd6177
+def parse_value(
+    text:str, # what stands behind `name=`
+):
+    "A number, true, false or null where it reads as one; else the text itself."
+    try: return json.loads(text)
+    except json.JSONDecodeError: return text
+
+# %% ../nbs/11_baselines.ipynb #3242fba0
+def read_config(
+    path:Path, # a TOML file
+)->dict: # some of model, settings, split, length
+    "A configuration: what differs from the defaults. A key that does not exist is named."
+    if not path.is_file(): raise ImecdError(f'{path} is not there; name a TOML file')
+    try: told = tomllib.loads(path.read_text(encoding='utf-8'))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ImecdError(f'{path}: not TOML, {e}') from None
+    known = {'model': str, 'settings': dict, 'split': str, 'length': int}
+    for key, value in told.items():
+        if not isinstance(value, known.get(key, ())) or isinstance(value, bool): raise ImecdError(f"{path}: {key}={value!r} cannot be used; there are {', '.join(f'{k} ({t.__name__})' for k, t in known.items())}")
+    return told
+
 # %% ../nbs/11_baselines.ipynb #2827166b
 def plot_models(
     values:dict, # model -> {metric: value}
@@ -228,4 +260,4 @@ def plot_models(
         bars = ax.barh([i+j*height for i in range(len(values))], [v[metric] for v in values.values()], height=height*.95, color=tones[j % 3], label=metric)
         ax.bar_label(bars, fmt='%.4f', padding=2, fontsize=8)
     ax.set_yticks([i+height*(len(metrics)-1)/2 for i in range(len(values))], list(values)); ax.invert_yaxis(); ax.margins(x=.12); ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=len(metrics), borderpad=0)
-    return label(ax, 'Longer is better; the whole catalogue is ranked', 'mean over users', 'model')
+    return label(ax, 'Longer is better', 'mean over users', 'model')

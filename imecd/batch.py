@@ -174,7 +174,7 @@ def plot_batch(
         ax.barh(r, [1]*(hi-lo), left=range(hi-lo), height=.8, edgecolor='white', color=[CYCLE[0] if a else COLOURS['context'] for a in asked])
         ax.barh(r, 1, left=hi-lo, height=.8, edgecolor='white', color=COLOURS['mark'])
     ax.set_yticks(range(rows), batch.users[:rows].tolist()); ax.invert_yaxis(); ax.grid(False)
-    return label(ax, 'Blue asks for the item to its right, grey is only read, red is the last target', 'position in the row', 'user')
+    return label(ax, 'Blue asks for the item to its right, grey is only read, orange-red is the last target', 'position in the row', 'user')
 
 # %% ../nbs/03a_batch.ipynb #bf7717e8
 def make_cases(

@@ -4,25 +4,25 @@
 
 # %% ../nbs/15_cli.ipynb #a3099570
 from __future__ import annotations
-import json, shutil, sys, time, tomllib
+import json, shutil, sys, time
 from pathlib import Path
 from typing import Annotated, Optional
 import numpy as np, typer
-from .core import ITEM, MODALITIES, ImecdError, free_folder, load_array, pick_device, set_seed
+from .core import ITEM, MODALITIES, ImecdError, free_folder, load_array, pick_device, save_json, set_seed, whole
 from .histories import last_tie_sizes, leave_one_out, load_interactions, plot_ties, statistics, time_split
-from .interactions import plot_lengths, plot_long_tail, read_events
-from .prepare import convert as convert_events
+from .interactions import plot_lengths, plot_long_tail, read_events, read_items
+from .prepare import convert as convert_events, find_source
 from .amazon import fetch_amazon, read_meta
 from .shop import make_shop
 from .encode import encode_folder, load_features
 from .batch import sequence_data
 from .runs import Run, assess, load_run, load_tensors, provenance, save_figures, save_run
-from .baselines import fit_baseline, make_model, plot_models
+from .baselines import MODELS, fit_baseline, make_model, pairs, parse_value, plot_models, read_config
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'Json', 'KCore', 'Folder', 'DEMO', 'show', 'check', 'feature_state', 'shop', 'pairs', 'convert',
-           'amazon', 'features', 'load_split', 'feature_space', 'parse_value', 'read_config', 'train', 'train_run',
-           'headline', 'evaluate_run', 'table', 'demo', 'explain', 'main']
+__all__ = ['app', 'data_app', 'Json', 'KCore', 'Folder', 'DEMO', 'show', 'check', 'feature_state', 'shop', 'convert', 'amazon',
+           'features', 'load_split', 'feature_space', 'train', 'train_run', 'headline', 'evaluate_run', 'table', 'demo',
+           'explain', 'main']
 
 # %% ../nbs/15_cli.ipynb #ed5f6f9c
 app = typer.Typer(help='Multimodal sequential recommendation: data, features, training, evaluation. Add --debug to any command for a traceback.',
@@ -93,16 +93,6 @@ def shop(
     data = load_interactions(out)
     typer.echo(f'{out}: {data.n_users:,} users, {data.n_items:,} items, {len(data.events):,} events, {time.time()-start:.1f} s')
 
-# %% ../nbs/15_cli.ipynb #ca595245
-def pairs(
-    given:list[str]|None, # `name=value` each
-    what:str,             # the option, for messages
-)->dict[str, str]:
-    "Options of the form name=value."
-    for text in given or []:
-        if '=' not in text: raise ImecdError(f'{what} {text!r}: write it as name=value')
-    return dict(text.split('=', 1) for text in given or [])
-
 # %% ../nbs/15_cli.ipynb #100265eb
 @data_app.command('convert', epilog='Example: imecd data convert ratings.csv mydata --items products.csv --column user=customer --quarantine bad.csv')
 def convert(
@@ -111,14 +101,17 @@ def convert(
     items:Annotated[Optional[Path], typer.Option(help='Table of items; a folder\'s own items.* is found.')]=None,
     k_core:KCore=5,
     column:Annotated[Optional[list[str]], typer.Option(help='canonical=column where guessing fails, e.g. user=customer; repeatable.')]=None,
-    quarantine:Annotated[Optional[Path], typer.Option(help='csv for rows that could not be used, with file, line and reason.')]=None,
+    item_column:Annotated[Optional[list[str]], typer.Option(help='The same for the table of items, e.g. item=sku or title=name; repeatable.')]=None,
+    quarantine:Annotated[Optional[Path], typer.Option(help='csv for rows whose values could not be used, with file, line and reason.')]=None,
     as_json:Json=False,
 ):
     "Make a data set of a file of events; it appears whole or not at all."
-    report = convert_events(source, out, items, k_core, pairs(column, '--column') or None, quarantine)
+    goods = read_items(items or find_source(source)[1], pairs(item_column, '--item-column')) if item_column and (items or find_source(source)[1]) else items
+    report = convert_events(source, out, goods, k_core, pairs(column, '--column') or None, quarantine)
+    if n := report['users_below_3_events']: report['notes'].append(f'{n:,} users have fewer than 3 events, which training refuses; convert with --k-core 3 or more, or drop them')
     if as_json: return typer.echo(json.dumps(report, ensure_ascii=False))
     for note in report['notes']: typer.echo(f'note: {note}')
-    show({k: v for k, v in report.items() if not isinstance(v, (list, dict))} | {f'dropped, {k}': v for k, v in report['dropped'].items()}, False)
+    show({k: ', '.join(v) or None if k == 'text_columns' else v for k, v in report.items() if k == 'text_columns' or not isinstance(v, (list, dict))} | {f'dropped, {k}': v for k, v in report['dropped'].items()}, False)
 
 # %% ../nbs/15_cli.ipynb #0da47dc0
 @data_app.command('amazon', epilog='Example: imecd data amazon Musical_Instruments data/instruments --year 2018')
@@ -149,7 +142,8 @@ def features(
     found = encode_folder(folder, out, text=text, image=image, device=device)
     shapes = {name: None if x is None else list(x.shape) for name, x in (('text', found.text), ('image', found.image))}
     show({**{k: v if as_json or v is None else f'{v[0]-1:,} items x {v[1]}' for k, v in shapes.items()},
-          **{f'{m} missing': int((~found.present[1:, i]).sum()) for i, m in enumerate(MODALITIES)}}, as_json)
+          **{f'{m} missing': int((~found.present[1:, i]).sum()) for i, m in enumerate(MODALITIES)},
+          **{f'not readable: {name}': why for m in MODALITIES for name, why in (found.manifest.get(m) or {}).get('problems', {}).items()}}, as_json)
 
 # %% ../nbs/15_cli.ipynb #018a9747
 def load_split(
@@ -177,33 +171,12 @@ def feature_space(
     if source: raise ImecdError(f'{source} holds neither text_features.npy nor image_features.npy; `imecd features {folder} --out {source}` makes them')
     return None, found.manifest
 
-# %% ../nbs/15_cli.ipynb #5747fec0
-def parse_value(
-    text:str, # what stands behind `name=`
-):
-    "A number, true, false or null where it reads as one; else the text itself."
-    try: return json.loads(text)
-    except json.JSONDecodeError: return text
-
-# %% ../nbs/15_cli.ipynb #c0nf1g02
-def read_config(
-    path:Path, # a TOML file
-)->dict: # some of model, settings, split, length
-    "A configuration: what differs from the defaults. A key that does not exist is named."
-    if not path.is_file(): raise ImecdError(f'{path} is not there; name a TOML file')
-    try: told = tomllib.loads(path.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ImecdError(f'{path}: not TOML, {e}') from None
-    known = {'model': str, 'settings': dict, 'split': str, 'length': int}
-    for key, value in told.items():
-        if not isinstance(value, known.get(key, ())) or isinstance(value, bool): raise ImecdError(f"{path}: {key}={value!r} cannot be used; there are {', '.join(f'{k} ({t.__name__})' for k, t in known.items())}")
-    return told
-
 # %% ../nbs/15_cli.ipynb #69058cb0
 @app.command(epilog='Example: imecd train shop --model transition_knn --set direction=forward --out runs/knn')
 def train(
     folder:Folder,
     out:Annotated[Path, typer.Option(help='Run folder to make.')],
-    model:Annotated[Optional[str], typer.Option(help='Name of the model; imecd by default.')]=None,
+    model:Annotated[Optional[str], typer.Option(help=f"One of {', '.join(MODELS)}. The default, imecd, is not in this version yet.")]=None,
     config:Annotated[Optional[Path], typer.Option(help='TOML file with model, settings, split and length; what is given here wins over it.')]=None,
     set_:Annotated[Optional[list[str]], typer.Option('--set', help='field=value of the model\'s configuration; repeatable.')]=None,
     split:Annotated[Optional[str], typer.Option(help='leave_one_out by default, or time for one moment for everybody.')]=None,
@@ -233,7 +206,7 @@ def train_run(folder, out, model, settings, split='leave_one_out', length=50, k_
     space, manifest = feature_space(folder, features)
     config = {'model': model, 'settings': vars(fitted.config) | {}, 'split': split, 'length': length, 'k_core': k_core, 'seed': seed}
     found = assess(fitted, data, space)
-    return save_run(out, config, fitted, found, provenance(data, folder, started, features=manifest), {} if trials is None else {'trials': trials})
+    return save_run(out, config, fitted, found, provenance(data, folder, started, features={**manifest, 'items': {k: v for k, v in manifest['items'].items() if k != 'ids'}}), {} if trials is None else {'trials': trials})
 
 # %% ../nbs/15_cli.ipynb #0d991bd7
 def headline(
@@ -280,6 +253,8 @@ def demo(
     seed:int=0,
 ):
     "Make the shop, measure the baselines on it, print their table, write figures."
+    if out.exists() and any(out.iterdir()) and not (out/'demo.json').exists(): free_folder(out)
+    save_json({'seed': seed}, out/'demo.json')
     data, rows = out/'shop', {}; folders = {title: out/title.replace(', ', '_').replace(' ', '_') for title in DEMO}
     for folder in (data, *folders.values()): shutil.rmtree(folder, ignore_errors=True)
     shop(data, seed=seed)
@@ -287,7 +262,9 @@ def demo(
         rows[title] = train_run(data, folders[title], model, settings, seed=seed).metrics
     check(data, figures=out/'figures')
     save_figures({'models': plot_models({k: v['test'] for k, v in rows.items()})}, out/'figures')
-    typer.echo(f'\nTest, history kept, all {load_interactions(data).n_items} items ranked, mean over users\n{table(rows)}\n\nfigures in {out}/figures and in the run folders beside it')
+    said = f'Test, history kept, all {load_interactions(data).n_items} items ranked, mean over users\n{table(rows)}\n'
+    with whole(out/'table.txt') as part: part.write_text(said)
+    typer.echo(f'\n{said}\nfigures in {out}/figures and in the run folders beside it')
 
 # %% ../nbs/15_cli.ipynb #57e0b583
 def explain(

@@ -112,7 +112,7 @@ def save_features(
     old = load_manifest(folder)
     for name in MODALITIES:
         file = folder/f'{name}_features.npy'
-        if file.exists() and not old.get(name): raise ImecdError(f'{file} is not of features.json and would be overwritten; give another folder')
+        if file.exists() and not old.get(name): raise ImecdError(f'{file} came with the data and would be overwritten; it can be used as it is, or name another folder (--out)')
     manifest = dict(features.manifest)
     for m, name in enumerate(MODALITIES):
         if manifest[name] is None: continue

@@ -191,12 +191,14 @@ def load_interactions(
     k_core:int=0,    # keep only events of the k-core; the catalogue stays as it is
 )->Interactions:
     "Read a data set. Every user needs three events: one to learn from, one to choose on, one to judge by."
-    folder = Path(folder); table, items = _tables(folder)
+    folder = Path(folder)
+    if folder.is_file(): raise ImecdError(f'{folder} is a file, not a data set; `imecd data convert {folder} OUT` makes one of it')
+    table, items = _tables(folder)
     a = arrange(table, k_core)
-    if not len(a.rows): raise ImecdError(f"{folder}/interactions.parquet: no event is left{f' by the {k_core}-core' if k_core > 1 else ''}")
+    if not len(a.rows): raise ImecdError(f"{folder}/interactions.parquet: no event is left{f' by the {k_core}-core; use a smaller --k-core' if k_core > 1 else ''}")
     codes, lengths = np.unique(a.user, return_counts=True)
     if lengths.min() < 3:
-        raise ImecdError(f'{folder}: user {a.users[int(codes[lengths.argmin()])]!r} has {lengths.min()} events and {int((lengths < 3).sum())} users have fewer than 3; use --k-core 3')
+        raise ImecdError(f'{folder}: user {a.users[int(codes[lengths.argmin()])]!r} has {lengths.min()} events and {int((lengths < 3).sum())} users have fewer than 3; use --k-core 3, or drop these users from interactions.parquet')
     column = lambda name: table[name].to_numpy()[a.rows] if name in table.columns else None
     times, day = column(TIME), column(DAY)
     return Interactions(a.users.gather(codes).to_numpy().astype(object), items, table['dense'].to_numpy()[a.rows], np.r_[0, np.cumsum(lengths)].astype(np.int64),

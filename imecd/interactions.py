@@ -156,10 +156,10 @@ def _need(
     "Refuse a file without user, item or time, and columns that hold more than one value."
     for k in (USER, ITEM):
         if k not in found: raise ImecdError(f"{source.path}: no column looks like the {k}; the columns are {names_of(source.schema)}; "
-                                            f"name it, columns={{'{k}': ...}}, or give the file a header line")
+                                            f"name it (--column {k}=NAME, or columns={{'{k}': NAME}}), or give the file a header line")
     if not row_order and TIME not in found and ORDER not in found:
         raise ImecdError(f"{source.path}: no column looks like a time or an order; the columns are {names_of(source.schema)}; "
-                         "name it, columns={'timestamp': ...}, or say columns={'order': 'row'} if the rows stand in their true order")
+                         "name it (--column timestamp=NAME), or say --column order=row (columns={'order': 'row'}) if the rows stand in their true order")
     for k, c in found.items():
         kind = source.schema[c]
         if kind.is_nested() or kind in (pl.Object, pl.Time, pl.Duration) or kind.is_temporal() and k != TIME:
@@ -204,7 +204,7 @@ def read_events(
     rejects = _reject(source, found, bad, total)
     if not len(table):
         why = f"none of its {total:,} rows can be used ({', '.join(f'{n:,} {r}' for r, n in rejects.counts.items())}; the first on line {rejects.rows['line'][0]}); " \
-              "check the file, or name the columns with columns=" if total else 'a header and no rows; export it again'
+              "check the file, or name the columns (--column, columns=)" if total else 'a header and no rows; export it again'
         raise ImecdError(f'{source.path}: {why}')
     return Events(_finish(table, row_order, notes), rejects.counts, rejects.rows, notes)
 
@@ -227,7 +227,7 @@ def read_items(
     source = look(src)
     found = choose(source, columns, GUESS_ITEMS)
     if ITEM not in found:
-        raise ImecdError(f"{source.path}: no column looks like the item; the columns are {names_of(source.schema)}; name it, columns={{'item': ...}}")
+        raise ImecdError(f"{source.path}: no column looks like the item; the columns are {names_of(source.schema)}; name it (--item-column item=NAME, or columns={{'item': NAME}})")
     rest = [c for c, kind in source.schema.items() if c not in found.values() and not kind.is_nested() and c.split(':')[0] not in found]
     table = read_table(source, [*found.values(), *rest])
     table = table.filter(~pl.all_horizontal(pl.exclude(ROW).is_null()))

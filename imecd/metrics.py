@@ -316,4 +316,4 @@ def plot_slices(
     for s in dict.fromkeys(table['slice']): at_s = [i for i, x in enumerate(table['slice']) if x == s]; names[at_s[0]] += f'\n{s}'*(s != 'all')
     ax.set_xticks(at, names); ax.grid(axis='x', visible=False)
     if len(tables) > 1: ax.legend(loc='lower right', bbox_to_anchor=(1, 1), ncols=4)
-    return label(ax, 'Who is served, and who is not', 'part (its users below)', metric.upper())
+    return label(ax, 'Who is served, and who is not', 'part (its users below); popularity: quarters of the items, 4 the most popular', metric.upper())

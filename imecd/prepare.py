@@ -12,7 +12,7 @@ from .interactions import Events, read_events, read_items
 from .histories import Arranged, arrange
 
 # %% auto #0
-__all__ = ['find_source', 'convert']
+__all__ = ['TEXT_COLUMNS', 'find_source', 'convert', 'without_text']
 
 # %% ../nbs/01d_prepare.ipynb #f6924587
 def _catalogue(
@@ -73,7 +73,7 @@ def convert(
         known = source if source is None or isinstance(source, pl.DataFrame) else read_items(source)
         steps.update(); steps.set_description('k-core and order')
         passes = []; a = arrange(events.table, k, passes)
-        if not len(a.rows): raise ImecdError(f'the {k}-core leaves nothing of {len(events.table):,} events: {_shrunk(passes[0])}; try a smaller k')
+        if not len(a.rows): raise ImecdError(f'the {k}-core leaves nothing of {len(events.table):,} events: {_shrunk(passes[0])}; try a smaller --k-core')
         steps.update(); steps.set_description('writing')
         with whole_folder(out) as part:
             report = _write(events, a, known, part)
@@ -103,6 +103,17 @@ def _in_step(
         (part/folder.name).mkdir()
         for picture in (p for p in folder.iterdir() if p.is_file() and p.stem in stay): shutil.copyfile(picture, part/folder.name/picture.name)
 
+# %% ../nbs/01d_prepare.ipynb #4b94141a
+TEXT_COLUMNS = ('title', 'description', 'categories', 'brand')
+
+def without_text(
+    items:pl.DataFrame, # the catalogue
+    fields:list[str],   # its columns of text
+)->int:
+    "Items in which every text column is empty."
+    if not fields: return len(items)
+    return items.select(pl.all_horizontal(pl.col(c).cast(pl.String, strict=False).str.strip_chars().fill_null('') == '' for c in fields).sum()).item()
+
 # %% ../nbs/01d_prepare.ipynb #179b1eb8
 def _write(
     events:Events,            # what was read
@@ -119,4 +130,6 @@ def _write(
     kept = events.table.select([c for c in EVENT_COLUMNS if c in events.table.columns and c != ORDER])[a.rows]
     kept.with_columns(pl.Series(ORDER, place)).write_parquet(out/'interactions.parquet')
     return {'events_read': len(events.table)+sum(events.dropped.values()), 'dropped': events.dropped, 'notes': events.notes,
-            'events': len(a.rows), 'users': len(starts), 'items': len(used), 'items_without_text': unknown}
+            'events': len(a.rows), 'users': len(starts), 'items': len(used), 'items_unknown': unknown,
+            'text_columns': (fields := [c for c in TEXT_COLUMNS if c in catalogue.columns]), 'items_without_text': without_text(catalogue, fields),
+            'users_below_3_events': int((np.diff(np.r_[starts, len(a.user)]) < 3).sum())}

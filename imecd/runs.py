@@ -104,7 +104,7 @@ def save_run(
     with whole_folder(folder) as part:
         for name, content in (('config', config), ('metrics', found.metrics), ('provenance', origin)): save_json(content, part/f'{name}.json')
         found.ranks.write_parquet(part/'ranks.parquet')
-        save_file({k: v.contiguous() for k, v in model.tensors().items()}, part/'model.safetensors')
+        save_file({k: v.contiguous() for k, v in model.tensors().items()}, part/'model.safetensors'); (part/'model.safetensors').chmod(0o644)
         for name, table in {'slices': found.slices, **(tables or {})}.items(): table.write_csv(part/f'{name}.csv')
         save_figures({'ranks': plot_ranks({p: e.rank for p, e in found.parts.items()}, origin['data']['items']), 'slices': plot_slices(found.slices)}, part/'figures')
     return Run(Path(folder), config, found.metrics, found.ranks, origin)
@@ -125,7 +125,7 @@ def load_run(
 )->Run:
     "Read a run; what is missing or broken is named."
     folder = Path(folder)
-    if not folder.is_dir(): raise ImecdError(f'{folder} is not a run folder; `imecd train DATA --out {folder}` makes one')
+    if not (folder/'config.json').is_file(): raise ImecdError(f'{folder} is not a run folder; `imecd train DATA --out {folder}` makes one')
     config, metrics, origin = (load_json(folder/f'{name}.json') for name in ('config', 'metrics', 'provenance'))
     for content, name, keys in ((config, 'config', ('model', 'settings', 'split', 'length', 'k_core')), (origin, 'provenance', ('data', 'code', 'time'))):
         if not isinstance(content, dict) or (missing := [k for k in keys if k not in content]):

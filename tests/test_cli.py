@@ -5,8 +5,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from imecd.baselines import make_model
-from imecd.cli import app, read_config
+from imecd.baselines import make_model, read_config
+from imecd.cli import app
 from imecd.histories import content_hash, load_interactions
 
 
@@ -81,11 +81,12 @@ def test_check_says_what_is_there(imecd, shop, tmp_path):
 def test_convert_from_csv_to_ranked_result(imecd, tmp_path):
     rows = [f'c{u},p{(u*7+k*3) % 11},{1_500_000_000+86_400*k}' for u in range(30) for k in range(8)]+['c1,,5', 'c2,p1,-4']
     (tmp_path/'orders.csv').write_text('customer,product,when\n'+'\n'.join(rows)+'\n')
-    (tmp_path/'goods.csv').write_text('sku,name\n'+''.join(f'p{k},"Thing, no. {k}"\n' for k in range(11)))
+    (tmp_path/'goods.csv').write_text('code,name\n'+''.join(f'p{k},"Thing, no. {k}"\n' for k in range(11)))
     code, _, err = imecd('data', 'convert', tmp_path/'orders.csv', tmp_path/'set'); assert code == 2 and 'no column looks like' in err and not (tmp_path/'set').exists()
-    columns = [x for c in ('user=customer', 'item=product', 'timestamp=when') for x in ('--column', c)]
+    columns = [x for c in ('user=customer', 'item=product', 'timestamp=when') for x in ('--column', c)]+['--item-column', 'item=code']
     code, said, err = imecd('data', 'convert', tmp_path/'orders.csv', tmp_path/'set', *columns, '--items', tmp_path/'goods.csv', '--quarantine', tmp_path/'bad.csv', '--json')
-    report = json.loads(said); assert code == 0 and sum(report['dropped'].values()) == 2, err
+    assert code == 0, err
+    report = json.loads(said); assert sum(report['dropped'].values()) == 2 and report['text_columns'] == ['title'] and report['items_without_text'] == 0
     assert pl.read_csv(tmp_path/'bad.csv')['line'].to_list() == [242, 243]
     assert imecd('train', tmp_path/'set', '--model', 'popularity', '--out', tmp_path/'run')[0] == 0
 
@@ -105,7 +106,9 @@ MISTAKES = {
     'split': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--split', 'half'), 'use leave_one_out or time'),
     'odd length': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--length', '7'), 'even number'),
     'device': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--device', 'tpu'), "device 'tpu' is not on this machine"),
-    'not a run': (('eval', '{shop}'), 'config.json is not there'),
+    'not a run': (('eval', '{shop}'), 'is not a run folder'),
+    'a file as data set': (('data', 'check', '{shop}/items.parquet'), 'is a file, not a data set'),
+    'demo elsewhere': (('demo', '{shop}'), 'is not empty'),
     'no run': (('eval', 'nowhere'), 'is not a run folder'),
     'folder exists': (('data', 'shop', '{shop}'), 'is not empty'),
     'category': (('data', 'amazon', 'Toys_and_Game', 'x', '--year', '2018'), 'Toys_and_Games'),

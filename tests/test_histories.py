@@ -114,7 +114,7 @@ def test_convert_leaves_nothing_half_done(tmp_path):
 def test_convert_knows_items_and_counts_unknown_ones(tmp_path):
     t = events(user=['u', 'u', 'v'], item=['b', 'a', 'a'], timestamp=[1, 2, 3])
     report = convert(t, tmp_path/'out', pl.DataFrame({'item': ['z', 'a', 'a'], 'title': ['never', 'an apple', 'again']}), k=1)
-    assert report['items_without_text'] == 1 and report['items'] == 2
+    assert report['items_unknown'] == 1 and report['items_without_text'] == 1 and report['items'] == 2 and report['users_below_3_events'] == 2
     assert pl.read_parquet(tmp_path/'out/items.parquet').to_dict(as_series=False) == {'item': ['a', 'b'], 'title': ['an apple', None]}
 
 

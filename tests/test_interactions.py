@@ -57,7 +57,7 @@ BROKEN = {
     'latin-1 in json': ('e.jsonl', '{"user": "M\xfcller", "item": "b", "timestamp": 1}\n'.encode('latin-1'), ['line 1', 'not UTF-8']),
     'wrong delimiter': ('e.csv', 'user::item::timestamp\na::b::1400000000\n', ['line 1', 'one column only', 'separate the columns']),
     'delimiter changes after the header': ('e.csv', 'user,item,timestamp\na;b;1400000000\n', ['line 2', '1 fields where the header has 3']),
-    'missing column': ('e.csv', 'user,timestamp\na,1400000000\n', ['no column looks like the item', "columns={'item': ...}"]),
+    'missing column': ('e.csv', 'user,timestamp\na,1400000000\n', ['no column looks like the item', "columns={'item': NAME}"]),
     'no header': ('e.csv', 'A1,B1,5.0,1400000000\nA2,B1,4.0,1400000000\n', ['no column looks like the user', 'header line']),
     'two user columns': ('e.csv', 'user_id,userId,item,timestamp\na,b,c,1400000000\n', ['user_id, userId', 'both look like the user', "columns={'user': 'user_id'}"]),
     'two item columns': ('e.csv', 'user,movieId,product_id,timestamp\na,b,c,1400000000\n', ['movieId, product_id', 'both look like the item']),
