@@ -284,10 +284,11 @@ def main(
     "Run the command line: exit code 2 and one line on a user's mistake, a traceback only with --debug."
     args = list(sys.argv[1:] if args is None else args); debug = '--debug' in args
     try: code = app([a for a in args if a != '--debug'], prog_name='imecd', standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort): typer.echo('imecd: stopped', err=True); raise SystemExit(130) from None
+    except (KeyboardInterrupt, typer.Abort): code = 130
     except Exception as e:
         said = explain(e)
         if debug or said is None: raise
         if said: typer.echo(f'imecd: {said}', err=True)
         raise SystemExit(2) from None
+    if code == 130: typer.echo('imecd: stopped, nothing half-written is left', err=True)
     if isinstance(code, int) and code: raise SystemExit(code)

@@ -1,5 +1,9 @@
 "The command as a user types it: folders, tables, exit codes, one line on a mistake."
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -190,3 +194,12 @@ def test_the_command_line_wins_over_the_configuration(imecd, shop, tmp_path):
 def test_a_configuration_that_cannot_be_used(text, message, imecd, shop, tmp_path):
     (tmp_path/'c.toml').write_text(text); code, _, err = imecd('train', shop, '--config', tmp_path/'c.toml', '--out', tmp_path/'run')
     assert code == 2 and message in err and not (tmp_path/'run').exists()
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    "A person who presses Ctrl-C in the middle finds no half shop, and is told so."
+    command = [str(Path(sys.executable).with_name('imecd')), 'data', 'shop', str(tmp_path/'shop'), '--items', '100000', '--users', '500000']
+    p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()) and p.poll() is None: time.sleep(.05)
+    p.send_signal(signal.SIGINT); _, err = p.communicate(timeout=120)
+    assert p.returncode == 130 and err.strip().splitlines()[-1] == 'imecd: stopped, nothing half-written is left' and not list(tmp_path.iterdir())
