@@ -165,7 +165,7 @@ def plot_coverage(
     ax.imshow(grid, vmin=0, vmax=1, cmap='Greys', aspect='auto'); ax.grid(False)
     for (i, j), v in np.ndenumerate(grid): ax.text(j, i, f'{v:.0%}', ha='center', va='center', color='white' if v > .5 else 'black', fontsize=8)
     ax.set_xticks(range(len(fields)), fields); ax.set_yticks(range(len(shares)), [str(k) for k in shares])
-    return label(ax, 'Share of items that have each field')
+    return label(ax, 'Share of items that have each field', 'field', 'release (year)')
 
 # %% ../nbs/01a_amazon.ipynb #5e3436ec
 def plot_day(

@@ -290,4 +290,6 @@ def plot_lengths(
     ax.vlines(n, .8, users, color=CYCLE[0], lw=2); ax.plot(n, users, 'o', ms=3, color=CYCLE[0])
     middle = float(np.median(lengths)); ax.axvline(middle, color=COLOURS['mark'], ls='--', lw=1)
     ax.set(xscale='log', yscale='log'); ax.set_ylim(bottom=.8)
+    ticks = [d*10**p for p in range(7) for d in (1, 2, 5)] if n[-1] > 3*n[0] else range(n[0], n[-1]+1)
+    ax.set_xticks([t for t in ticks if n[0] <= t <= n[-1]]); ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter('')
     return label(ax, f'Half of the users have at most {middle:g} events (line)', 'events of a user', 'users')
