@@ -4,36 +4,20 @@
 
 # %% ../nbs/11_baselines.ipynb #f075a074
 from __future__ import annotations
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import difflib, itertools, json, math, tomllib
 import numpy as np, polars as pl, torch
 from torch import Tensor
-from .core import COLOURS, CYCLE, ImecdError, label, new_axes, progress, rng
+from .core import COLOURS, CYCLE, ImecdError, configure, label, new_axes, progress, rng
 from .batch import Batch, Cases, SequenceData
 from .ranking import ranks
 from .metrics import summary
 
 # %% auto #0
-__all__ = ['KNN_GRID', 'MODELS', 'configure', 'named', 'PopularityConfig', 'Popularity', 'TransitionKNNConfig',
-           'transition_counts', 'TransitionKNN', 'sample_cases', 'quick_ranks', 'tune_knn', 'plot_trials', 'make_model',
-           'fit_baseline', 'pairs', 'parse_value', 'read_config', 'plot_models']
-
-# %% ../nbs/11_baselines.ipynb #7ea360eb
-def configure(
-    kind,            # a dataclass whose fields have defaults
-    settings:dict,   # field -> value
-): # an instance
-    "Make a configuration; a field that does not exist is named together with the closest one that does."
-    known = {f.name: type(f.default) for f in fields(kind)}
-    for name, value in settings.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            raise ImecdError(f"{kind.__name__} has no field {name!r}; {f'did you mean {close[0]!r}?' if close else 'it has '+', '.join(known) if known else 'there is nothing to set'}")
-        wanted = (int, float) if known[name] is float else known[name]
-        if not isinstance(value, wanted) or isinstance(value, bool) and known[name] is not bool:
-            raise ImecdError(f'{kind.__name__}: {name}={value!r} is {type(value).__name__}; it must be {known[name].__name__}')
-    return kind(**{name: known[name](value) for name, value in settings.items()})
+__all__ = ['KNN_GRID', 'MODELS', 'named', 'PopularityConfig', 'Popularity', 'TransitionKNNConfig', 'transition_counts',
+           'TransitionKNN', 'sample_cases', 'quick_ranks', 'tune_knn', 'plot_trials', 'make_model', 'fit_baseline',
+           'pairs', 'parse_value', 'read_config', 'plot_models']
 
 # %% ../nbs/11_baselines.ipynb #d2825761
 def named(

@@ -4,16 +4,17 @@
 
 # %% ../nbs/00_core.ipynb #2b3447dc
 from __future__ import annotations
-import hashlib, json, os, random, shutil, tempfile
+import difflib, hashlib, json, os, random, shutil, tempfile
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 import numpy as np
 import torch
 
 # %% auto #0
 __all__ = ['USER', 'ITEM', 'TIME', 'ORDER', 'DAY', 'RATING', 'EVENT_COLUMNS', 'PAD', 'MODALITIES', 'STREAMS', 'COLOURS', 'CYCLE',
-           'STYLE', 'ImecdError', 'set_seed', 'digest', 'rng', 'pick_device', 'whole', 'free_folder', 'whole_folder',
-           'save_json', 'load_json', 'load_array', 'progress', 'new_axes', 'label']
+           'STYLE', 'ImecdError', 'configure', 'set_seed', 'digest', 'rng', 'pick_device', 'whole', 'free_folder',
+           'whole_folder', 'save_json', 'load_json', 'load_array', 'progress', 'new_axes', 'label']
 
 # %% ../nbs/00_core.ipynb #11826dc6
 USER, ITEM, TIME, ORDER, DAY, RATING = 'user', 'item', 'timestamp', 'order', 'day_group', 'rating'
@@ -27,6 +28,22 @@ STREAMS = ('id', *MODALITIES)
 # %% ../nbs/00_core.ipynb #bd7f6150
 class ImecdError(ValueError):
     "Input that cannot be used. The message names the place and the cure."
+
+# %% ../nbs/00_core.ipynb #c0nf0001
+def configure(
+    kind,            # a dataclass whose fields have defaults
+    settings:dict,   # field -> value
+): # an instance
+    "Make a configuration; a field that does not exist is named together with the closest one that does."
+    known = {f.name: type(f.default) for f in fields(kind)}
+    for name, value in settings.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise ImecdError(f"{kind.__name__} has no field {name!r}; {f'did you mean {close[0]!r}?' if close else 'it has '+', '.join(known) if known else 'there is nothing to set'}")
+        wanted = (int, float) if known[name] is float else known[name]
+        if not isinstance(value, wanted) or isinstance(value, bool) and known[name] is not bool:
+            raise ImecdError(f'{kind.__name__}: {name}={value!r} is {type(value).__name__}; it must be {known[name].__name__}')
+    return kind(**{name: known[name](value) for name, value in settings.items()})
 
 # %% ../nbs/00_core.ipynb #63a348a5
 def set_seed(

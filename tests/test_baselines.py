@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from imecd.baselines import MODELS, Popularity, TransitionKNN, TransitionKNNConfig, configure, fit_baseline, make_model, quick_ranks, sample_cases, transition_counts, tune_knn
+from imecd.baselines import MODELS, Popularity, TransitionKNN, TransitionKNNConfig, fit_baseline, make_model, quick_ranks, sample_cases, transition_counts, tune_knn
 from imecd.batch import sequence_data
-from imecd.core import ImecdError
+from imecd.core import ImecdError, configure
 from imecd.histories import leave_one_out, load_interactions
 from imecd.metrics import evaluate, summary
 

@@ -65,7 +65,7 @@ def test_imports_go_down_the_numbers(path):
 
 def test_rooms_do_not_know_each_other():
     for path in CHAPTERS:
-        if not '04' <= number(path)[:2] <= '07': continue
+        if not '04' <= number(path)[:2] <= '07' or number(path) == '07b': continue  # 07b is where they meet
         used = {n.module for c in exported(read(path)) for n in ast.walk(ast.parse(c.source)) if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('imecd.')}
         assert used <= {'imecd.core'}, path.name
 

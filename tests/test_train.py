@@ -1,0 +1,140 @@
+"Training: the best epoch is kept, the history says what happened, a seed is a training, mistakes are named."
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from imecd.batch import sequence_data
+from imecd.core import ImecdError, configure
+from imecd.features import Features
+from imecd.histories import Interactions, leave_one_out
+from imecd.metrics import evaluate, ndcg
+from imecd.model import IMECD, PRESETS, ModelConfig
+from imecd.train import TrainConfig, fit, validate
+
+N = 30
+SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, steps=6, dropout=.1)
+RUN = TrainConfig(epochs=4, patience=10, targets=256, lr=1e-2, warmup=2, metric_k=5)
+
+
+@pytest.fixture(scope='module')
+def data():
+    "Users who walk round a ring of items, with an excursion now and then."
+    g = np.random.default_rng(0); walks = [(np.cumsum(g.choice([1, 1, 1, 7], g.integers(4, 12)))+g.integers(N)) % N+1 for _ in range(150)]
+    return sequence_data(leave_one_out(Interactions(np.array([f'u{i:03}' for i in range(150)], object), pl.DataFrame({'item': [f'i{k}' for k in range(N)]}),
+                                                    np.concatenate(walks).astype(np.int32), np.r_[0, np.cumsum([len(w) for w in walks])].astype(np.int64), None, None)), 10)
+
+
+@pytest.fixture(scope='module')
+def features():
+    g = np.random.default_rng(1); present = np.ones((N+1, 2), bool); present[[0, 0, 4], [0, 1, 1]] = False
+    return Features(*((g.standard_normal((N+1, 6))*present[:, [m]]).astype(np.float32) for m in (0, 1)), present=present, manifest={})
+
+
+def model_of(data, features, name='imecd', **kw): return IMECD.of(configure(ModelConfig, SMALL | PRESETS[name] | kw), data, features)
+
+
+def quietly(*args, **kw):
+    "`fit`, where a tiny codebook may well collapse."
+    with warnings.catch_warnings(): warnings.filterwarnings('ignore', message='codebook of'); return fit(*args, **kw)
+
+
+def ndcg_of(m, data, k=5, part='valid'): return float(ndcg(validate(m, data, data.cases(part))[0], k).mean())
+
+
+@pytest.fixture(scope='module')
+def trained(data, features):
+    m = model_of(data, features); return m, quietly(m, data, RUN)
+
+
+@pytest.mark.parametrize('changes, words', [(dict(epochs=0), 'epochs=0: must be at least 1'), (dict(patience=0), 'at least 1'), (dict(targets=0), 'at least 1'), (dict(warmup=-1), 'at least 0'),
+                                            (dict(metric_k=0), 'at least 1'), (dict(seed=-1), 'at least 0'), (dict(lr=0.), 'above 0 and finite'), (dict(lr=math.nan), 'above 0'),
+                                            (dict(lr=math.inf), 'finite'), (dict(clip=0.), 'above 0'), (dict(clip=-1.), 'above 0')], ids=str)
+def test_impossible_settings_are_refused(changes, words):
+    with pytest.raises(ImecdError, match=words): TrainConfig(**changes)
+
+
+def test_unknown_settings_name_the_closest():
+    with pytest.raises(ImecdError, match="did you mean 'epochs'"): configure(TrainConfig, {'epoch': 3})
+
+
+def test_the_best_epoch_is_kept(trained, data):
+    "Parameters, codes and all: the restored model scores what the history says of its best epoch."
+    m, h = trained; column = f'valid ndcg@{RUN.metric_k}'
+    assert not m.training and h.best == h.table[column].arg_max() and ndcg_of(m, data) == pytest.approx(h.table[column][h.best], abs=1e-12)
+
+
+@pytest.mark.parametrize('epochs, warmup', [(1, 1), (2, 2), (3, 3), (3, 2)])
+def test_the_best_epoch_is_kept_where_codes_are_placed(epochs, warmup, data, features):
+    "Also when the best epoch is the last of the warm-up: what was measured is what is restored."
+    m = model_of(data, features); h = quietly(m, data, replace(RUN, epochs=epochs, warmup=warmup))
+    assert ndcg_of(m, data) == pytest.approx(h.table['valid ndcg@5'][h.best], abs=1e-12)
+
+
+def test_the_history_has_every_term(trained):
+    h = trained[1]; table = h.table; terms = {'condition', 'generated', 'mse', 'contrast', 'vq', 'pseudo', 'balance'}
+    assert {'epoch', 'loss', 'seconds', 'valid ndcg@10', 'valid ndcg@5', *terms} <= set(table.columns) and table['epoch'].to_list() == list(range(len(table))) and h.minutes > 0
+    assert all(table[c].drop_nulls().is_finite().all() for c in table.columns)
+
+
+def test_warm_up_generates_nothing_and_then_places_the_codes(data, features):
+    ready = []; m = model_of(data, features); h = quietly(m, data, RUN, lambda epoch, row, model: ready.append((epoch, model is m, model.reader.vq.ready)))
+    for c in ('generated', 'mse', 'contrast'): assert h.table[c].is_null().to_list() == [True, True, False, False]
+    assert (h.table['vq'][:2] == 0).all() and (h.table['vq'][2:] > 0).all()
+    assert [r[0] for r in ready] == [0, 1, 2, 3] and all(r[1] for r in ready) and not ready[0][2] and ready[2][2] and m.reader.vq.ready
+
+
+def test_codes_are_placed_without_a_warm_up(data, features):
+    m = model_of(data, features); quietly(m, data, replace(RUN, warmup=0)); assert m.reader.vq.ready
+
+
+def test_it_learns(trained, data, features):
+    "The ring is found; the loss falls."
+    m, h = trained; assert h.table['condition'][-1] < h.table['condition'][0]-.5 and ndcg_of(m, data) > 2*ndcg_of(model_of(data, features), data)
+
+
+def test_patience_stops(data, features):
+    m = model_of(data, features, 'sasrec'); h = quietly(m, data, replace(RUN, epochs=30, patience=2, lr=.3)); rows = h.table['valid ndcg@5']
+    assert len(rows) == h.best+3 < 30 and (rows[h.best+1:] <= rows[h.best]).all()
+
+
+@pytest.mark.parametrize('name', ['imecd', 'topk_gate'])
+def test_one_seed_one_training(name, data, features):
+    "Bit by bit, whatever the global generator was; another seed is another training."
+    found = []
+    for start, seed in ((1, 0), (2, 0), (1, 1)):
+        torch.manual_seed(start); m = model_of(data, features, name); h = quietly(m, data, replace(RUN, seed=seed, epochs=3))
+        found.append((m.state_dict(), h.table.drop('seconds')))
+    assert found[0][1].equals(found[1][1]) and all(torch.equal(a, b) for a, b in zip(found[0][0].values(), found[1][0].values(), strict=True))
+    assert not torch.equal(found[0][0]['table.ids'], found[2][0]['table.ids'])
+
+
+def test_a_loss_that_is_no_number_is_named(data, features):
+    m = model_of(data, features)
+    with torch.no_grad(): m.reader.fuse.bias.fill_(torch.nan)
+    with pytest.raises(ImecdError, match='the loss is nan: condition nan.*learning rate') as e: fit(m, data, RUN)
+    assert '\n' not in str(e.value)
+    with pytest.raises(ImecdError): quietly(model_of(data, features), data, replace(RUN, lr=1e30))
+
+
+def test_nobody_to_validate_is_named(data, features):
+    split = data.split._replace(valid=np.full_like(data.split.valid, -1)); none = sequence_data(split, 10)
+    with pytest.raises(ImecdError, match='validation target'): fit(model_of(data, features), none, RUN)
+
+
+def test_bfloat16_trains(data, features):
+    m = model_of(data, features); h = quietly(m, data, replace(RUN, bf16=True)); assert h.table['loss'].is_finite().all() and all(p.dtype == torch.float32 for p in m.parameters())
+    full = model_of(data, features); quietly(full, data, RUN); assert abs(ndcg_of(m, data)-ndcg_of(full, data)) < .15
+
+
+def test_validation_is_that_of_evaluate(trained, data):
+    "The loop's ranks are those of the shared protocol, and it leaves the model in the mode that it had."
+    m, _ = trained; cases = data.cases('valid')
+    for mode in (True, False):
+        m.train(mode); r = validate(m, data, cases, 32)[0]; assert m.training == mode
+        assert torch.equal(r.cpu(), evaluate(m, data, cases).rank)
+    m.eval()
