@@ -14,12 +14,11 @@ from .core import COLOURS, CYCLE, MODALITIES, PAD, ImecdError, label, new_axes, 
 __all__ = ['ASKING', 'FIXED', 'GATES', 'GateOut', 'sparse', 'load_balance', 'regression', 'evidence', 'Agreement', 'IDGate',
            'Experts', 'strangers', 'check', 'MoEOut', 'IDMoE', 'plot_gates', 'plot_trust', 'plot_load', 'plot_shuffled']
 
-# %% ../nbs/04_moe.ipynb #0df37974
+# %% ../nbs/04_moe.ipynb #3ae279e2
 ASKING = ('id_query', 'shared', 'shuffled')  # the ID asks, the experts answer
 FIXED = ('uniform', 'none')                  # nothing to learn
 GATES = (*ASKING, 'id', 'id+self', 'self', *FIXED)
 
-# %% ../nbs/04_moe.ipynb #5501797a
 class GateOut(NamedTuple):
     "What one gate says of every item."
     gates: Tensor     # (N, E) weight of each expert, rows sum to one
@@ -69,7 +68,7 @@ def evidence(
     z = (own-mean)/spread.clamp(min=1/ids.shape[1]).sqrt(); gap = (z.sum()/n).clamp(min=0)
     return gap*z-gap**2/2*known[:, 0]
 
-# %% ../nbs/04_moe.ipynb #71db9246
+# %% ../nbs/04_moe.ipynb #50e151ba
 class Agreement(nn.Module):
     "How well an item's ID is guessed from its content by a ridge regression on all other items."
     def __init__(self,
@@ -80,7 +79,8 @@ class Agreement(nn.Module):
     ):
         super().__init__()
         known = known.to(feature.dtype)[:, None]; root = regression(feature, known, ridge, rank)
-        for name, value in (('known', known), ('root', root), ('leverage', root.square().sum(1, keepdim=True))): self.register_buffer(name, value, persistent=False)
+        made = {'known': known, 'root': root, 'leverage': root.square().sum(1, keepdim=True)}             # made of frozen features: not saved
+        for name, value in made.items(): self.register_buffer(name, value, persistent=False)
 
     def guess(self, e:Tensor)->Tensor:  # (N+1, D) -> (N+1, D)
         "Every ID from its content, the item itself left out (Allen 1974, PRESS)."
@@ -185,7 +185,7 @@ class MoEOut(NamedTuple):
     trust: Tensor   # (N+1, M) between 0 and 1
     balance: Tensor # () load-balance loss, 0 without `top_k`
 
-# %% ../nbs/04_moe.ipynb #829c74e2
+# %% ../nbs/04_moe.ipynb #4b4ce08b
 class IDMoE(nn.Module):
     "Per modality: projection, experts, a gate fed by the item's ID, mixture, trust."
     def __init__(self,
@@ -226,55 +226,63 @@ class IDMoE(nn.Module):
         out = gate(ids, x, y, self.agreement[m](ids) if gate.asks else None); trust = out.trust*present
         mixed = (out.gates[..., None]*y).sum(1).to(ids.dtype)                                             # (N+1, D)
         rows = learn[present[learn]] if gate.top_k and learn is not None else ()
-        return trust[:, None]*F.normalize(mixed, dim=-1), out.gates, trust, load_balance(out.gates[rows], out.full[rows]) if len(rows) else ids.new_zeros(())
+        balance = load_balance(out.gates[rows], out.full[rows]) if len(rows) else ids.new_zeros(())
+        return trust[:, None]*F.normalize(mixed, dim=-1), out.gates, trust, balance
 
-# %% ../nbs/04_moe.ipynb #be2e64c7
+# %% ../nbs/04_moe.ipynb #7d1d590a
 def plot_gates(
     gates:Tensor,       # (L, M, E) of the items of one history
     trust:Tensor,       # (L, M)
     titles:list[str],   # (L,)
     pictures:list|None=None, # (L,) arrays (height, width, 3), None where there is none
+    names:tuple=MODALITIES, # of the M modalities
     ax=None,            # axis to draw on
 ): # the axis
     "Gate strip of one history: which experts each item takes, and how much of them."
     from matplotlib.colors import LinearSegmentedColormap
-    n, m, e = gates.shape; ax = new_axes(ax, figsize=(7, .25*n+.8)); ax.grid(False); step = e+1.6
-    for k, name in enumerate(MODALITIES[-m:] if m == 1 else MODALITIES[:m]):
+    gates, trust = gates.detach().cpu(), trust.detach().cpu(); n, m, e = gates.shape; step, names = e+1.6, names[:m]
+    ax = new_axes(ax, figsize=(7, .25*n+.8)); ax.grid(False)
+    for k, name in enumerate(names):
         shade = LinearSegmentedColormap.from_list(name, ['white', COLOURS[name]])
-        ax.imshow(gates[:, k].detach().cpu().numpy(), cmap=shade, vmin=0, vmax=1, extent=(k*step, k*step+e, n-.5, -.5), aspect='auto')
+        ax.imshow(gates[:, k].numpy(), cmap=shade, vmin=0, vmax=float(gates.max()), extent=(k*step, k*step+e, n-.5, -.5), aspect='auto')
         for i in range(n): ax.text(k*step+e+.1, i, f'{float(trust[i, k]):.2f}', va='center', fontsize=7)
     for i, picture in enumerate(pictures or []):
         if picture is not None: ax.imshow(picture, extent=(-1.1, -.1, i+.46, i-.46), aspect='auto')
     ax.set_xlim(-1.2 if pictures else -.2, m*step); ax.set_ylim(n-.5, -.5); ax.tick_params(length=0)
     ax.set_xticks([k*step+j+.5 for k in range(m) for j in range(e)], [str(j+1) for k in range(m) for j in range(e)], fontsize=7)
     ax.set_yticks(range(n), [t[:34] for t in titles], fontsize=7, parse_math=False)
-    return label(ax, 'Weights of the experts, and the trust beside them', f"expert of {', of '.join(MODALITIES[:m])}", '')
+    return label(ax, 'Darker experts have more weight; the numbers are trust', f"expert of {', of '.join(names)}", '')
 
-# %% ../nbs/04_moe.ipynb #494ed295
+# %% ../nbs/04_moe.ipynb #7d29a04c
 def plot_trust(
     trust:Tensor, # (N, M)
     lies:Tensor,  # (N, M) bool: the truth
     rows:Tensor,  # (N, M) bool: which are shown
+    names:tuple=MODALITIES, # of the M modalities
     ax=None,      # axis to draw on
 ): # the axis
     "Trust of honest and of lying items, a point an item, the mean as a bar."
-    ax, names, g = new_axes(ax, figsize=(7, 2.4)), [], rng(0, 'jitter')
-    for m, name in enumerate(MODALITIES[:trust.shape[1]]):
+    ax, told, g = new_axes(ax, figsize=(7, 2.4)), [], rng(0, 'jitter')
+    for m, name in enumerate(names[:trust.shape[1]]):
         for lying in (False, True):
-            t = trust[rows[:, m] & (lies[:, m] == lying), m].detach().cpu().numpy(); y = len(names); names.append(f"{name}, {'lies' if lying else 'honest'}")
-            ax.scatter(t, y+g.uniform(-.3, .3, len(t)), s=4, lw=0, color=COLOURS[name], alpha=.6); ax.vlines(t.mean(), y-.4, y+.4, color=COLOURS['mark'], lw=2)
-    ax.set_yticks(range(len(names)), names); ax.invert_yaxis(); ax.set_xlim(0, 1)
+            t = trust[rows[:, m] & (lies[:, m] == lying), m].detach().cpu().numpy(); y = len(told)
+            told.append(f"{name}, {'lies' if lying else 'honest'}"+(f' (mean {t.mean():.2f})' if len(t) else ''))
+            ax.scatter(t, y+g.uniform(-.3, .3, len(t)), s=4, lw=0, color=COLOURS[name], alpha=.6)
+            if len(t): ax.vlines(t.mean(), y-.4, y+.4, color=COLOURS['mark'], lw=2)
+    ax.set_yticks(range(len(told)), told); ax.invert_yaxis(); ax.set_xlim(0, 1)
     return label(ax, 'What lies is trusted less (bars: means)', 'trust', '')
 
-# %% ../nbs/04_moe.ipynb #4c2de67e
+# %% ../nbs/04_moe.ipynb #3f541ab5
 def plot_load(
-    gates:Tensor, # (N, M, E) of items that have the modality
+    gates:Tensor, # (N, M, E) of items that have all modalities
+    names:tuple=MODALITIES, # of the M modalities
     ax=None,      # axis to draw on
 ): # the axis
     "Mean weight of every expert, and its spread over items."
-    ax = new_axes(ax, figsize=(6, 2.4)); n, m, e = gates.shape; mean, spread = gates.mean(0).detach().cpu(), gates.std(0).detach().cpu()
-    for k, name in enumerate(MODALITIES[:m]):
-        ax.bar([j+1+(k-(m-1)/2)*.38 for j in range(e)], mean[k].numpy(), .36, yerr=spread[k].numpy(), capsize=2, ecolor=COLOURS['context'], color=COLOURS[name], label=name)
+    ax = new_axes(ax, figsize=(6, 2.4)); n, m, e = gates.shape; mean, spread = gates.detach().cpu().mean(0), gates.detach().cpu().std(0, correction=0)
+    for k, name in enumerate(names[:m]):
+        place, kw = [j+1+(k-(m-1)/2)*.38 for j in range(e)], dict(capsize=2, ecolor=COLOURS['context'], color=COLOURS[name], label=name)
+        ax.bar(place, mean[k].numpy(), .36, yerr=spread[k].numpy(), **kw)
     ax.axhline(1/e, color='black', lw=.8, ls=':', label='even share'); ax.set_xticks(range(1, e+1)); ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return label(ax, 'Mean weight of each expert, with its standard deviation over items', 'expert', 'weight')
 

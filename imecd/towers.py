@@ -16,7 +16,7 @@ from .encoder import SequenceEncoder
 from .vq import ModalityVQ, VQOut
 
 # %% auto #0
-__all__ = ['unit', 'Items', 'ItemTower', 'mean_so_far', 'UserTower', 'seen_items']
+__all__ = ['unit', 'Items', 'ItemTower', 'mean_so_far', 'UserTower', 'seen_items', 'pack_histories']
 
 # %% ../nbs/07b_towers.ipynb #a3de3b54
 def unit(
@@ -33,44 +33,51 @@ class Items(NamedTuple):
     moe: MoEOut|None     # of the content streams
     pseudo: Tensor|None  # () how far pseudo-IDs are from IDs
 
-# %% ../nbs/07b_towers.ipynb #8c17754d
+# %% ../nbs/07b_towers.ipynb #2a56c66b
 class ItemTower(nn.Module):
     "IDs, features and the ID-MoE: what every item is, for histories and candidates alike."
-    def __init__(self, config, n_items:int, features:Features|None, counts:Tensor):
-        super().__init__()
-        self.config, streams = config, config.streams.split('+')
-        self.modalities = [m for m in MODALITIES if m in streams]; self.has_id = 'id' in streams
+    def __init__(self,
+        config,                 # a ModelConfig
+        n_items:int,            # N
+        features:Features|None, # frozen features of the modalities in `config.streams`
+        counts:Tensor,          # (N+1,) training events of each item
+    ):
+        super().__init__(); self.config = c = config; streams = c.streams.split('+')
+        self.modalities, self.has_id = [m for m in MODALITIES if m in streams], 'id' in streams
         for m in self.modalities:
-            if features is None or getattr(features, m) is None: raise ImecdError(f"streams={config.streams!r} needs features of {m}, which this data set does not offer; leave {m} out or make them")
+            if features is None or getattr(features, m) is None:
+                raise ImecdError(f"streams={c.streams!r} needs features of {m}, which this data set does not offer; leave {m} out or make them")
             self.register_buffer(f'features_{m}', torch.as_tensor(getattr(features, m)).float(), persistent=False)
         present = torch.ones(n_items+1, 0) if features is None else torch.as_tensor(features.present)
-        self.register_buffer('present', present[:, [MODALITIES.index(m) for m in self.modalities]].bool(), persistent=False)
-        self.register_buffer('warm', counts >= max(config.cold_below, 0))
-        self.ids = nn.Parameter(torch.randn(n_items+1, config.dim)*.02); self.ids.data[PAD] = 0
-        features = [getattr(self, f'features_{m}') for m in self.modalities]; self.moe = None
-        if not features: return
-        c = config; self.moe = IDMoE(features, self.present, self.warm & (counts > 0), c.dim, c.experts, c.gate, c.top_k, c.noisy, c.raw, c.residual, c.feature_dropout, c.seed)
-        self.pseudo = nn.Sequential(nn.Linear(len(features)*config.dim, 2*config.dim), nn.GELU(), nn.Linear(2*config.dim, config.dim))
+        self.register_buffer('present', present[:, [MODALITIES.index(m) for m in self.modalities]].bool(), persistent=False)  # (N+1, M)
+        self.register_buffer('warm', counts >= c.cold_below)                                        # (N+1,) uses its own ID
+        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*.02); self.ids.data[PAD] = 0; self.moe = None
+        if not self.modalities: return
+        self.moe = IDMoE(self.features, self.present, self.warm & (counts > 0), c.dim, c.experts, c.gate, c.top_k, c.noisy, c.raw, c.residual,
+                         c.feature_dropout, c.seed)
+        self.pseudo = nn.Sequential(nn.Linear(len(self.modalities)*c.dim, 2*c.dim), nn.GELU(), nn.Linear(2*c.dim, c.dim))
+
+    @property
+    def features(self)->list[Tensor]: return [getattr(self, f'features_{m}') for m in self.modalities]  # M x (N+1, F)
 
     def forward(self, learn:Tensor|None=None)->Items:
-        "`learn` (K,): the items that the agreement and pseudo-ID losses look at."
-        e, c = self.ids.index_fill(0, torch.tensor([PAD], device=self.ids.device), 0.), self.config; moe = off = None
+        "`learn` (K,): the items that the balance and pseudo-ID losses look at."
+        e, c, moe, off = self.ids.index_fill(0, torch.tensor([PAD], device=self.ids.device), 0.), self.config, None, None
         if self.moe is not None:
-            features = [getattr(self, f'features_{m}') for m in self.modalities]; x = self.moe.project(features)     # M x (N+1, D)
-            e, off = self.stand_in(e, x, learn)
-            moe = self.moe(e, features, self.present, learn, x)
-        block = [unit(e) if c.score == 'cosine' else e] if self.has_id else []
-        blocks = torch.stack(block+([] if moe is None else list(moe.content)))                     # (S, N+1, D)
-        z = blocks.sum(0) if c.item == 'sum' else torch.cat(list(blocks), -1)                      # (N+1, D_x)
-        return Items(unit(z) if c.score == 'cosine' else z, torch.stack(block+([] if moe is None else list(moe.read))), moe, off)
+            x = self.moe.project(self.features)                                                     # M x (N+1, D)
+            e, off = self.stand_in(e, x, learn); moe = self.moe(e, self.features, self.present, learn, x)
+        own = [unit(e) if c.score == 'cosine' else e] if self.has_id else []
+        blocks = [*own, *(() if moe is None else moe.content)]                                      # S x (N+1, D)
+        z = sum(blocks) if c.item == 'sum' else torch.cat(blocks, -1)                               # (N+1, D_x)
+        return Items(unit(z) if c.score == 'cosine' else z, torch.stack([*own, *(() if moe is None else moe.read)]), moe, off)
 
     def stand_in(self, e:Tensor, x:list[Tensor], learn:Tensor|None)->tuple[Tensor, Tensor|None]:
         "Items without a trained ID, and a random share of the others in training, get a pseudo-ID made of their content."
-        made = unit(self.pseudo(torch.cat([unit(v)*p[:, None] for v, p in zip(x, self.present.T)], -1)))*e.detach().norm(dim=-1).mean()  # (N+1, D)
-        swap = ~self.warm & self.present.any(1)
+        made = self.pseudo(torch.cat([unit(v)*p[:, None] for v, p in zip(x, self.present.T)], -1))  # (N+1, D)
+        made, swap = unit(made)*e.detach().norm(dim=-1).mean(), ~self.warm & self.present.any(1)    # as long as IDs are
         if self.training: swap = swap | (torch.rand(len(e), device=e.device) < self.config.id_dropout)
-        off = None if learn is None else (1-F.cosine_similarity(made[learn], e[learn].detach(), dim=-1)).mean()
-        return torch.where(swap.index_fill(0, torch.tensor([PAD], device=e.device), False)[:, None], made, e), off
+        swap[PAD] = False; off = None if learn is None else (1-F.cosine_similarity(made[learn], e[learn].detach(), dim=-1)).mean()
+        return torch.where(swap[:, None], made, e), off
 
 # %% ../nbs/07b_towers.ipynb #5d3ae216
 def mean_so_far(
@@ -82,35 +89,47 @@ def mean_so_far(
     place = torch.arange(h.shape[1], device=h.device); start = place-batch.positions
     return ((total[:, 1:]-total[:, start])/(batch.positions+1)[:, None]).to(h.dtype)
 
-# %% ../nbs/07b_towers.ipynb #bef2f855
+# %% ../nbs/07b_towers.ipynb #2583573b
 class UserTower(nn.Module):
     "Encoder and MS-VQ: what every position of a history asks for."
-    def __init__(self, config):
-        super().__init__()
-        c, n = config, len(config.streams.split('+'))
+    def __init__(self,
+        config, # a ModelConfig
+    ):
+        super().__init__(); c, n = config, len(config.streams.split('+'))
         self.encoder = SequenceEncoder(n, c.dim, c.layers, c.heads, c.inner, c.dropout, c.length, c.norm)
-        self.vq = None if c.vq == 'none' else ModalityVQ(n, c.codes, c.dim, c.levels, c.vq == 'shared', c.replace, c.guidance, learn=c.learn, rotation=c.rotation, decay=c.decay, revive=c.revive, commitment=c.commitment)
-        self.fuse, self.pooled = nn.Linear(n*c.dim, c.dim if c.item == 'sum' else n*c.dim), c.vq_on == 'sequence'
-        nn.init.zeros_(self.fuse.bias)
-        with torch.no_grad(): self.fuse.weight.copy_(torch.eye(c.dim).repeat(1, n) if c.item == 'sum' else torch.eye(n*c.dim))
+        self.vq, self.pooled = None, c.vq_on == 'sequence'
+        if c.vq != 'none': self.vq = ModalityVQ(n, c.codes, c.dim, c.levels, c.vq == 'shared', c.replace, c.guidance, c.rotation,
+                                                learn=c.learn, decay=c.decay, commitment=c.commitment, revive=c.revive)
+        self.fuse, one = nn.Linear(n*c.dim, c.dim if c.item == 'sum' else n*c.dim), torch.eye(c.dim)
+        with torch.no_grad(): self.fuse.weight.copy_(one.repeat(1, n) if c.item == 'sum' else torch.block_diag(*[one]*n)); self.fuse.bias.zero_()
 
     def train(self, mode:bool=True):
-        "Codes stay as they are but in `learn_codes`."
+        "Codes stay as they are, but in `learn_codes`."
         super().train(mode)
         if self.vq is not None: self.vq.eval()
         return self
 
     def states(self, items:Items, batch:Batch)->Tensor: return self.encoder(items.read[:, batch.items], batch.offsets)  # (S, P, D)
+    def coded(self, h:Tensor, batch:Batch)->Tensor: return mean_so_far(h, batch) if self.pooled else h  # (S, P, D) what the codes describe
+
+    @torch.no_grad()
+    def place_codes(self, items:Items, batches, least:int)->None:
+        "Put the codes where the states of `least` positions are; call it with the tower at rest."
+        found = []
+        for batch in batches:
+            found.append(self.coded(self.states(items, batch), batch))
+            if sum(x.shape[1] for x in found) >= least: break
+        self.vq.initialise(torch.cat(found, 1))
 
     @torch.no_grad()
     def learn_codes(self, items:Items, batch:Batch)->None:
         "Codes follow the states that evaluation will see, those without dropout."
         self.encoder.eval(); h = self.states(items, batch); self.encoder.train(self.training)
-        self.vq.train(); self.vq(mean_so_far(h, batch) if self.pooled else h); self.vq.eval()
+        self.vq.train(); self.vq(self.coded(h, batch)); self.vq.eval()
 
     def forward(self, h:Tensor, batch:Batch)->tuple[Tensor, VQOut|None]:  # (S, P, D) -> (P, D_x)
         out = None
-        if self.vq is not None: s = mean_so_far(h, batch) if self.pooled else h; out = self.vq(s); h = h+(out.quantised-s)
+        if self.vq is not None: s = self.coded(h, batch); out = self.vq(s); h = h+(out.quantised-s)
         return self.fuse(torch.cat(list(h), -1)), out
 
 # %% ../nbs/07b_towers.ipynb #d3b06e4f
@@ -123,3 +142,18 @@ def seen_items(
     again = (table[:, :, None] == table[:, None]).tril(-1).any(-1); table = table.masked_fill(again, PAD)
     row = torch.searchsorted(batch.offsets, places, right=True)-1
     return table[row].masked_fill(torch.arange(table.shape[1], device=places.device) > batch.positions[places, None], PAD)
+
+# %% ../nbs/07b_towers.ipynb #58d8acf8
+def pack_histories(
+    histories:list,         # R lists of dense item ids, oldest first
+    length:int,             # L, how many of the last items are read
+    n_items:int,            # N
+    users:Tensor|None=None, # (R,) whose they are; they key the noise
+)->Batch: # nothing is asked
+    "Histories as packed rows; what cannot be read is named."
+    for r, h in enumerate(histories):
+        if not len(h): raise ImecdError(f'history {r} is empty; a history needs at least one item')
+        if (bad := [i for i in h if not 1 <= i <= n_items]): raise ImecdError(f'history {r}: {bad[0]} is no item; ids go from 1 to {n_items}')
+    rows = [torch.as_tensor(h[-length:]) for h in histories]; items, n = torch.cat(rows), torch.tensor([len(h) for h in rows])
+    users = torch.arange(len(rows)) if users is None else users
+    return Batch(users, items, torch.full_like(items, PAD), torch.cat([torch.arange(k) for k in n]), torch.cat([n.new_zeros(1), n.cumsum(0)]))

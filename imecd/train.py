@@ -55,17 +55,19 @@ def validate(
     model.train(was)
     return torch.cat(found), None if codes[0] is None else torch.cat(codes)
 
-# %% ../nbs/10_train.ipynb #df4e2274
+# %% ../nbs/10_train.ipynb #3d5ac53a
 def room_health(
     model:IMECD,       # after an epoch
     codes:Tensor|None, # (Q, S) from `validate`
+    warn:bool=True,    # of a codebook that has collapsed; codes need some epochs to spread after they are placed
 )->dict[str, float]:
     "Trust and the busiest expert of each modality; perplexity and dead codes of each codebook. Warns when a codebook has collapsed."
     model.eval(); row, moe = {}, model.items().moe; streams = model.config.streams.split('+'); model.train()
     for j, m in enumerate(model.table.modalities):
         here = model.table.present[:, j]; row |= {f'trust {m}': float(moe.trust[here, j].mean()), f'load {m}': float(moe.gates[here, j].mean(0).max())}
     if codes is None: return row
-    found = health(codes.reshape(*codes.shape[:2], -1)[..., 0].T, model.config.codes); warn_collapse(found, model.config.codes, streams)
+    found = health(codes.reshape(*codes.shape[:2], -1)[..., 0].T, model.config.codes)
+    if warn: warn_collapse(found, model.config.codes, streams)
     for name, r in zip(streams, found): row |= {f'perplexity {name}': r['perplexity'], f'dead {name}': float(r['dead'])}
     return row
 
@@ -102,7 +104,7 @@ def line(
     short = {'loss': 'loss', 'valid ndcg@10': 'ndcg@10', **{k: k for k in row if k.startswith(('trust', 'perplexity'))}}
     return ', '.join(f'{name} {row[k]:.3g}' for k, name in short.items())
 
-# %% ../nbs/10_train.ipynb #0e539904
+# %% ../nbs/10_train.ipynb #50935b55
 def fit(
     model:IMECD,            # is changed; ends with the parameters of its best epoch
     data:SequenceData,      # training histories and validation questions
@@ -118,7 +120,7 @@ def fit(
         start = time.time(); model.train()
         row = train_epoch(model, data.epoch(c.seed, epoch, c.targets), optimiser, c, epoch < c.warmup)
         r, codes = validate(model, data, cases)
-        rows.append({'epoch': epoch, **row, 'valid ndcg@10': float(ndcg(r, 10).mean()), name: float(ndcg(r, c.metric_k).mean()), **room_health(model, codes), 'seconds': time.time()-start})
+        rows.append({'epoch': epoch, **row, 'valid ndcg@10': float(ndcg(r, 10).mean()), name: float(ndcg(r, c.metric_k).mean()), **room_health(model, codes, epoch > c.warmup+5), 'seconds': time.time()-start})
         if epoch+1 == c.warmup: model.place_codes(data, c.seed)
         bar.set_postfix_str(line(rows[-1]))
         if callback: callback(epoch, rows[-1], model)

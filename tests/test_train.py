@@ -17,7 +17,7 @@ from imecd.model import IMECD, PRESETS, ModelConfig
 from imecd.train import TrainConfig, fit, validate
 
 N = 30
-SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, steps=6, dropout=.1)
+SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, commitment=.25, steps=6, dropout=.1)
 RUN = TrainConfig(epochs=4, patience=10, targets=256, lr=1e-2, warmup=2, metric_k=5)
 
 

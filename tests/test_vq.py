@@ -179,14 +179,22 @@ def test_a_state_gets_its_gradient_once(levels, rotation):
 def test_levels_add_up(levels):
     x = clouds(); vq = ModalityVQ(3, 8, 8, levels, replace=True); vq.initialise(x); out = vq.eval()(x); codes = out.codes.view(3, -1, levels)
     total = sum(torch.take_along_dim(level.codes, codes[..., k, None], 1) for k, level in enumerate(vq.levels))
-    torch.testing.assert_close(out.quantised, total); torch.testing.assert_close(out.lost, lost_share(x, x-total))
+    back = vq.units.back(total)
+    torch.testing.assert_close(out.quantised, back); torch.testing.assert_close(out.lost, lost_share(vq.units(x), vq.units(x)-total))
     assert torch.equal(vq.guidance, torch.ones(3))
 
 
 def test_shared_is_one_codebook_for_all_positions():
     x = clouds(); torch.manual_seed(0); vq = ModalityVQ(3, 12, 8, shared=True, replace=True); vq.initialise(x); one = VectorQuantizer(1, 12, 8); one.load_state_dict(vq.levels[0].state_dict())
-    torch.manual_seed(1); a = vq(x); torch.manual_seed(1); b = one(x.reshape(1, -1, 8))
+    torch.manual_seed(1); a = vq(x); torch.manual_seed(1); b = one(vq.units(x).reshape(1, -1, 8))
     assert torch.equal(a.codes.flatten(), b.codes.flatten()); torch.testing.assert_close(a.loss, 3*b.loss); assert torch.equal(vq.levels[0].codes, one.codes)
+
+
+def test_streams_are_measured_from_their_own_mean_in_their_own_spread():
+    x = clouds(); vq = ModalityVQ(3, 8, 8); vq.initialise(x); moved = ModalityVQ(3, 8, 8); y = .01*x+torch.arange(3.)[:, None, None]; moved.initialise(y)
+    assert torch.equal(vq.eval()(x).codes, moved.eval()(y).codes)
+    torch.testing.assert_close(moved(y).quantised, .01*vq(x).quantised+torch.arange(3.)[:, None, None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(vq.units.back(vq.units(x)), x)
 
 
 def test_the_loss_is_a_sum_over_streams():
