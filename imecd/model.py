@@ -127,10 +127,11 @@ def check(
     if c.scale and not c.drop: raise bad(f'scale={c.scale} with drop=0: guidance needs a model that has seen no condition; set drop to .1')
     if not (c.temperature > 0 and c.contrast_temperature > 0): raise bad('temperature and contrast_temperature must be above 0')
 
-# %% ../nbs/08_model.ipynb #4baed271
+# %% ../nbs/08_model.ipynb #5741f36b
 PRESETS = {
     'imecd': {}, 'wo_idmoe': {'gate': 'none'}, 'self_gate': {'gate': 'self'}, 'uniform_gate': {'gate': 'uniform'},
-    'shuffled_gate': {'gate': 'shuffled'}, 'shared_gate': {'gate': 'shared'}, 'id_gate': {'gate': 'id'}, 'id_self_gate': {'gate': 'id+self'}, 'topk_gate': {'top_k': 2, 'noisy': True},
+    'shuffled_gate': {'gate': 'shuffled'}, 'shared_gate': {'gate': 'shared'}, 'id_gate': {'gate': 'id'}, 'id_self_gate': {'gate': 'id+self'},
+    'topk_gate': {'top_k': 2, 'noisy': True},
     'wo_msvq': {'vq': 'none'}, 'shared_vq': {'vq': 'shared'}, 'vq_replace': {'replace': True}, 'vq_sequence': {'vq_on': 'sequence'},
     'wo_cdg': {'head': 'direct'}, 'wo_contrast': {'contrast': 'none'}, 'cdm_only': {'contrast': 'generated'}, 'wo_mse': {'w_mse': 0.},
     'wo_aux': {'w_condition': 0.}, 'wo_cfg': {'drop': 0.},
@@ -175,7 +176,7 @@ class Stored(nn.Module):
             raise bad(name, f'has shape {there}, this model needs {needed}; it belongs to another data set or configuration')
         self.load_state_dict(tensors); return self
 
-# %% ../nbs/08_model.ipynb #706733bd
+# %% ../nbs/08_model.ipynb #f187d8af
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
     def __init__(self,
@@ -201,14 +202,14 @@ class Scorer(Stored):
     @torch.no_grad()
     def items(self)->Items:
         "The item table, computed once for unchanged parameters."
-        key = (self.training, self.bias.device, *(p._version for p in self.table.parameters()))
+        key = (id(self), self.training, self.bias.device, *(p._version for p in self.table.parameters()))
         if self.cache is None or self.cache[0] != key: self.cache = key, self.table()
         return self.cache[1]
 
     def score(self, query:Query)->Tensor:  # (R, N+1)
         "Scores of all items; items with equal vectors tie exactly."
         z = self.items().vectors; different, group = z.unique(dim=0, return_inverse=True)
-        s = query.vectors@z.T if len(different) == len(z) else (query.vectors@different.T)[:, group]
+        s = (query.vectors@z.T if len(different) == len(z) else (query.vectors@different.T)[:, group]).float()
         if self.again is None: return s
         r, k = (query.seen != PAD).nonzero(as_tuple=True)
         return s.index_put((r, query.seen[r, k]), self.repeat.expand(len(r)), accumulate=True)

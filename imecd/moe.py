@@ -185,7 +185,7 @@ class MoEOut(NamedTuple):
     trust: Tensor   # (N+1, M) between 0 and 1
     balance: Tensor # () load-balance loss, 0 without `top_k`
 
-# %% ../nbs/04_moe.ipynb #4b4ce08b
+# %% ../nbs/04_moe.ipynb #7394912b
 class IDMoE(nn.Module):
     "Per modality: projection, experts, a gate fed by the item's ID, mixture, trust."
     def __init__(self,
@@ -212,24 +212,24 @@ class IDMoE(nn.Module):
     def project(self, features:list[Tensor])->list[Tensor]:  # M x (N+1, F) -> M x (N+1, D)
         return [expert.project(f) for expert, f in zip(self.experts, features)]
 
-    def forward(self, ids:Tensor, features:list[Tensor], present:Tensor, learn:Tensor|None=None, x:list[Tensor]|None=None)->MoEOut:
-        "ids (N+1, D); `learn` (K,): items that the balance loss looks at; `x`: what `project` gave."
-        x, ids = self.project(features) if x is None else x, ids if self.order is None else ids[self.order]
-        content, gates, trust, balance = zip(*(self.one(m, ids, f, x[m], present[:, m], learn) for m, f in enumerate(features)))
-        content, absent = torch.stack(content), ~present.T[..., None]; absent[:, PAD] = False              # (M, N+1, 1)
-        read = torch.where(absent, F.normalize(self.missing, dim=-1)[:, None], content)
-        return MoEOut(content, read, torch.stack(gates, 1), torch.stack(trust, 1), sum(balance))
+    def forward(self, ids:Tensor, features:list[Tensor], present:Tensor, learn:Tensor|None=None, x:list[Tensor]|None=None, witness:Tensor|None=None)->MoEOut:
+        "ids (N+1, D); `learn` (K,): items that the balance loss looks at; `x`: what `project` gave; `witness` (N+1, D): the IDs that vouch, where they are not `ids`."
+        x, witness = self.project(features) if x is None else x, ids if witness is None else witness
+        if self.order is not None: ids, witness = ids[self.order], witness[self.order]
+        content, gates, trust, balance = zip(*(self.one(m, ids, witness, f, x[m], present[:, m], learn) for m, f in enumerate(features)))
+        content, trust = torch.stack(content), torch.stack(trust, 1); doubt = 1-trust.T[..., None]; doubt = doubt.index_fill(1, doubt.new_zeros(1, dtype=torch.long), 0.)  # (M, N+1, 1)
+        return MoEOut(content, content+doubt*F.normalize(self.missing, dim=-1)[:, None], torch.stack(gates, 1), trust, sum(balance))
 
-    def one(self, m:int, ids:Tensor, feature:Tensor, x:Tensor, present:Tensor, learn:Tensor|None)->tuple[Tensor, ...]:
+    def one(self, m:int, ids:Tensor, witness:Tensor, feature:Tensor, x:Tensor, present:Tensor, learn:Tensor|None)->tuple[Tensor, ...]:
         "One modality: content (N+1, D), gates (N+1, E), trust (N+1,), balance loss ()."
         gate, y = self.gates[m], self.experts[m](feature, x)                                              # (N+1, E, D)
-        out = gate(ids, x, y, self.agreement[m](ids) if gate.asks else None); trust = out.trust*present
+        out = gate(ids, x, y, self.agreement[m](witness) if gate.asks else None); trust = out.trust*present
         mixed = (out.gates[..., None]*y).sum(1).to(ids.dtype)                                             # (N+1, D)
         rows = learn[present[learn]] if gate.top_k and learn is not None else ()
         balance = load_balance(out.gates[rows], out.full[rows]) if len(rows) else ids.new_zeros(())
         return trust[:, None]*F.normalize(mixed, dim=-1), out.gates, trust, balance
 
-# %% ../nbs/04_moe.ipynb #7d1d590a
+# %% ../nbs/04_moe.ipynb #87a107b8
 def plot_gates(
     gates:Tensor,       # (L, M, E) of the items of one history
     trust:Tensor,       # (L, M)
@@ -251,7 +251,7 @@ def plot_gates(
     ax.set_xlim(-1.2 if pictures else -.2, m*step); ax.set_ylim(n-.5, -.5); ax.tick_params(length=0)
     ax.set_xticks([k*step+j+.5 for k in range(m) for j in range(e)], [str(j+1) for k in range(m) for j in range(e)], fontsize=7)
     ax.set_yticks(range(n), [t[:34] for t in titles], fontsize=7, parse_math=False)
-    return label(ax, 'Darker experts have more weight; the numbers are trust', f"expert of {', of '.join(names)}", '')
+    return label(ax, f'Darker experts have more weight (darkest: {float(gates.max()):.2f}); the numbers are trust', f"expert of {', of '.join(names)}", '')
 
 # %% ../nbs/04_moe.ipynb #7d29a04c
 def plot_trust(
