@@ -16,7 +16,8 @@ from .encoder import SequenceEncoder
 from .vq import ModalityVQ, VQOut
 
 # %% auto #0
-__all__ = ['unit', 'plot_blocks', 'Items', 'ItemTower', 'mean_so_far', 'UserTower', 'pack_histories', 'seen_items']
+__all__ = ['unit', 'plot_blocks', 'Items', 'feature_table', 'ItemTower', 'mean_so_far', 'UserTower', 'pack_histories',
+           'seen_items', 'Stored']
 
 # %% ../nbs/07b_towers.ipynb #a3de3b54
 def unit(
@@ -25,7 +26,7 @@ def unit(
     "Rows of length one, in float32; a zero row stays zero."
     return F.normalize(x.float(), dim=-1)
 
-# %% ../nbs/07b_towers.ipynb #f0cdb824
+# %% ../nbs/07b_towers.ipynb #3359df8c
 def plot_blocks(
     shares:dict, # name -> (S,) share of |z|^2 that each block holds
     ax=None,     # axis to draw on
@@ -33,7 +34,8 @@ def plot_blocks(
     "What an item consists of."
     ax = new_axes(ax, figsize=(6, .35*len(shares)+1)); left = [0.]*len(shares)
     for s, values in zip(STREAMS, zip(*shares.values())):
-        ax.barh(range(len(shares)), [100*v for v in values], left=left, height=.7, color=COLOURS[s], label=s); left = [a+100*v for a, v in zip(left, values)]
+        ax.barh(range(len(shares)), [100*v for v in values], left=left, height=.7, color=COLOURS[s], label=s)
+        left = [a+100*v for a, v in zip(left, values)]
     ax.set_yticks(range(len(shares)), list(shares)); ax.invert_yaxis(); ax.set_xlim(0, 100); ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return label(ax, 'Of length one, no block drowns the others', 'share of the squared length (%)', '')
 
@@ -45,7 +47,21 @@ class Items(NamedTuple):
     moe: MoEOut|None     # of the content streams
     pseudo: Tensor|None  # () how far pseudo-IDs are from IDs
 
-# %% ../nbs/07b_towers.ipynb #19b39458
+# %% ../nbs/07b_towers.ipynb #b48e12a4
+def feature_table(
+    features:Features|None,
+    name:str,    # of the modality
+    streams:str, # of the configuration, for the message
+)->Tensor: # (N+1, F) float32
+    "One modality's features, centred and of length one on average; rows without a feature are zero."
+    if getattr(features, name, None) is None:
+        raise ImecdError(f"streams={streams!r} needs features of {name}, which this data set does not offer; leave {name} out or make them")
+    x, here = torch.as_tensor(getattr(features, name)).float(), torch.as_tensor(features.present)[:, MODALITIES.index(name)]
+    if not here.any(): return x
+    x = (x-x[here].mean(0))*here[:, None]                                                          # what tells items apart is not their mean
+    return x/x.square().sum(1)[here].mean().sqrt().clamp(min=1e-9)
+
+# %% ../nbs/07b_towers.ipynb #e7a90977
 class ItemTower(nn.Module):
     "IDs, features and the ID-MoE: what every item is, for histories and candidates alike."
     def __init__(self,
@@ -54,20 +70,17 @@ class ItemTower(nn.Module):
         features:Features|None, # frozen features of the modalities in `config.streams`
         counts:Tensor,          # (N+1,) training events of each item
     ):
-        super().__init__(); self.config = c = config; streams = c.streams.split('+')
-        self.modalities, self.has_id = [m for m in MODALITIES if m in streams], 'id' in streams
-        for m in self.modalities:
-            if features is None or getattr(features, m) is None:
-                raise ImecdError(f"streams={c.streams!r} needs features of {m}, which this data set does not offer; leave {m} out or make them")
-            self.register_buffer(f'features_{m}', torch.as_tensor(getattr(features, m)).float(), persistent=False)
+        super().__init__(); self.config = c = config
+        self.modalities, self.has_id = [m for m in MODALITIES if m in c.streams.split('+')], 'id' in c.streams.split('+')
+        for m in self.modalities: self.register_buffer(f'features_{m}', feature_table(features, m, c.streams), persistent=False)
         present = torch.ones(n_items+1, 0) if features is None else torch.as_tensor(features.present)
         self.register_buffer('present', present[:, [MODALITIES.index(m) for m in self.modalities]].bool(), persistent=False)  # (N+1, M)
         self.register_buffer('warm', counts >= c.cold_below)                                        # (N+1,) uses its own ID
         used = self.has_id or c.gate not in ('self', *FIXED)                                        # by a stream, or by a gate
         self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*.02, requires_grad=used); self.ids.data[PAD] = 0; self.moe = None
         if not self.modalities: return
-        self.moe = IDMoE(self.features, self.present, self.warm & (counts > 0), c.dim, c.experts, c.gate, c.top_k, c.noisy, c.raw, c.residual,
-                         c.feature_dropout, c.seed)
+        kw = dict(gate=c.gate, top_k=c.top_k, noisy=c.noisy, raw=c.raw, residual=c.residual, dropout=c.feature_dropout, seed=c.seed)
+        self.moe = IDMoE(self.features, self.present, self.warm & (counts > 0), c.dim, c.experts, **kw)
         self.pseudo = nn.Sequential(nn.Linear(len(self.modalities)*c.dim, 2*c.dim), nn.GELU(), nn.Linear(2*c.dim, c.dim))
 
     @property
@@ -77,12 +90,12 @@ class ItemTower(nn.Module):
         "`learn` (K,): the items that the balance and pseudo-ID losses look at."
         e, c, moe, off = self.ids.index_fill(0, torch.tensor([PAD], device=self.ids.device), 0.), self.config, None, None
         if self.moe is not None:
-            x = self.moe.project(self.features)                                                     # M x (N+1, D)
-            own, off = self.stand_in(e, x, learn); moe = self.moe(own, self.features, self.present, learn, x, e); e = own
-        own = [unit(e) if c.score == 'cosine' else e] if self.has_id else []
-        blocks = [*own, *(() if moe is None else moe.content)]                                      # S x (N+1, D)
+            own, x = e, self.moe.project(self.features)                                             # M x (N+1, D)
+            e, off = self.stand_in(own, x, learn); moe = self.moe(e, self.features, self.present, learn, x, own)
+        first = [unit(e) if c.score == 'cosine' else e] if self.has_id else []
+        blocks = [*first, *(() if moe is None else moe.content)]                                    # S x (N+1, D)
         z = sum(blocks) if c.item == 'sum' else torch.cat(blocks, -1)                               # (N+1, D_x)
-        return Items(unit(z) if c.score == 'cosine' else z, torch.stack([*own, *(() if moe is None else moe.read)]), moe, off)
+        return Items(unit(z) if c.score == 'cosine' else z, torch.stack([*first, *(() if moe is None else moe.read)]), moe, off)
 
     def stand_in(self, e:Tensor, x:list[Tensor], learn:Tensor|None)->tuple[Tensor, Tensor|None]:
         "Items without a trained ID, and a random share of the others in training, get a pseudo-ID made of their content."
@@ -170,3 +183,19 @@ def seen_items(
     again = (table[:, :, None] == table[:, None]).tril(-1).any(-1); table = table.masked_fill(again, PAD)
     row = torch.searchsorted(batch.offsets, places, right=True)-1
     return table[row].masked_fill(torch.arange(table.shape[1], device=places.device) > batch.positions[places, None], PAD)
+
+# %% ../nbs/07b_towers.ipynb #d5925096
+class Stored(nn.Module):
+    "A network whose state is read back with its names."
+    def tensors(self)->dict[str, Tensor]: return self.state_dict()
+
+    def set_tensors(self, tensors:dict[str, Tensor]):
+        "Take stored parameters and buffers; what is missing, foreign or of another shape is named."
+        own, bad = self.state_dict(), lambda name, text: ImecdError(f'stored tensor {name!r} {text}')
+        for name in sorted(own.keys() ^ tensors.keys()):
+            raise bad(name, f"is {'missing' if name in own else 'not part of this model'}; it belongs to another configuration: train again")
+        for name, x in own.items():
+            if x.shape == tensors[name].shape: continue
+            there, needed = tuple(tensors[name].shape), tuple(x.shape)
+            raise bad(name, f'has shape {there}, this model needs {needed}; it belongs to another data set or configuration')
+        self.load_state_dict(tensors); return self

@@ -206,26 +206,22 @@ def warn_collapse(
         if 0 < row['perplexity'] < .1*n_codes:
             warnings.warn(f"codebook of {name}: only {row['perplexity']:.1f} of {n_codes} codes are in use; make n_codes smaller, warm up longer before the codes are placed, or revive sooner", stacklevel=2)
 
-# %% ../nbs/06_vq.ipynb #6679e01c
+# %% ../nbs/06_vq.ipynb #b67af724
 class StreamUnits(nn.Module):
     "Running mean and spread of each stream, and the way there and back."
-    def __init__(self,
-        streams:int, # S
-        dim:int,     # D
-    ):
+    def __init__(self, streams:int, dim:int): # S, D
         super().__init__()
         self.register_buffer('mean', torch.zeros(streams, 1, dim)); self.register_buffer('spread', torch.ones(streams, 1, 1))
 
     def forward(self, x:Tensor)->Tensor: return (x.float()-self.mean)/self.spread  # (S, P, D)
     def back(self, x:Tensor)->Tensor: return x*self.spread+self.mean               # (S, P, D)
 
-    @torch.no_grad()
-    def follow(self, x:Tensor, share:float)->None:  # (S, P, D)
+    def follow(self, x:Tensor, share:float):  # (S, P, D)
         "Move `share` of the way to the mean and spread of these states."
-        x = x.float(); mean = x.mean(1, keepdim=True); self.mean.lerp_(mean, share)
-        self.spread.lerp_((x-mean).square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-4), share)
+        x = x.detach().float(); mean = x.mean(1, keepdim=True); self.mean.lerp_(mean, share)
+        self.spread.lerp_((x-mean).square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-4), share); return self
 
-# %% ../nbs/06_vq.ipynb #2409d3af
+# %% ../nbs/06_vq.ipynb #092e036a
 class ModalityVQ(nn.Module):
     "MS-VQ: each stream is quantised by its own codebook, and a state is moved part of the way to its code."
     def __init__(self,
@@ -244,8 +240,7 @@ class ModalityVQ(nn.Module):
         if not replace and not 0 < guidance < 1: raise ImecdError(f'guidance={guidance}; it must lie between 0 and 1; for the code alone set replace=True')
         self.streams, self.dim, self.shared, self.rotation = streams, dim, shared, rotation
         self.levels = nn.ModuleList(VectorQuantizer(1 if shared else streams, n_codes, dim, **kw) for _ in range(levels))
-        self.gate = None if replace else nn.Parameter(torch.full((streams, 1, 1), float(guidance)).logit())
-        self.units = StreamUnits(streams, dim)
+        self.units, self.gate = StreamUnits(streams, dim), None if replace else nn.Parameter(torch.full((streams, 1, 1), float(guidance)).logit())
 
     @property
     def ready(self)->bool: return bool(self.levels[0].ready)
@@ -254,16 +249,15 @@ class ModalityVQ(nn.Module):
 
     def fold(self, x:Tensor, follow:float=0.)->Tensor:  # (S, P, D), or (1, S*P, D) for a shared codebook; in units of each stream
         if x.ndim != 3 or x.shape[::2] != (self.streams, self.dim) or not x.shape[1]: raise ImecdError(f'states of shape {tuple(x.shape)}; give ({self.streams}, P, {self.dim}), P at least 1')
-        if follow: self.units.follow(x, follow)
-        return self.units(x).reshape(1, -1, self.dim) if self.shared else self.units(x)
+        x = (self.units.follow(x, follow) if follow else self.units)(x)
+        return x.reshape(1, -1, self.dim) if self.shared else x
 
-    @torch.no_grad()
     def initialise(self, x:Tensor, seed:int=0)->None:  # (S, P, D)
         "Place the codes of every level, by k-means on states of training histories."
         if not x.isfinite().all(): raise ImecdError('states to place the codes on are not finite; warm up with a lower learning rate')
         with torch.autocast(x.device.type, enabled=False):
-            rest = self.fold(x, 1.)
-            for level in self.levels: level.initialise(rest, seed); rest = rest-torch.take_along_dim(level.codes, nearest(rest, level.codes)[..., None], 1)
+            rest = self.fold(x.detach(), 1.)
+            for level in self.levels: level.initialise(rest, seed); rest = rest-torch.take_along_dim(level.codes.detach(), nearest(rest, level.codes)[..., None], 1)
 
     def forward(self, x:Tensor)->VQOut:  # (S, P, D); states pass as they are until `initialise` has placed the codes
         rest, total, loss, found, (S, P, D), n = self.fold(x, .05*(self.training and self.ready)), 0., 0., [], x.shape, len(self.levels); whole = rest.detach().view(S, P, D)

@@ -11,7 +11,9 @@ import pytest
 
 from imecd.baselines import make_model, read_config
 from imecd.cli import app
+from imecd.fitting import configure_preset
 from imecd.histories import content_hash, load_interactions
+from imecd.model import PRESETS
 
 
 def last(text): return text.strip().splitlines()[-1]
@@ -102,7 +104,18 @@ def test_time_split_from_the_shell(imecd, shop, tmp_path):
 
 MISTAKES = {
     'no folder': (('data', 'check', 'nowhere'), 'interactions.parquet is not there'),
-    'no model yet': (('train', '{shop}', '--out', 'x'), "there is no model 'imecd' in this version"),
+    'preset misspelt': (('train', '{shop}', '--out', 'x', '--model', 'wo_msqv'), "did you mean 'wo_msvq'"),
+    'no such model': (('train', '{shop}', '--out', 'x', '--model', 'qqqq'), 'there are imecd, wo_idmoe'),
+    'field of the model misspelt': (('train', '{shop}', '--out', 'x', '--set', 'expert=2'), "ModelConfig has no field 'expert'; did you mean 'experts'"),
+    'field of the training misspelt': (('train', '{shop}', '--out', 'x', '--set', 'train.epoch=2'), "TrainConfig has no field 'epoch'; did you mean 'epochs'"),
+    'training without a field': (('train', '{shop}', '--out', 'x', '--set', 'train=2'), 'e.g. train.epochs=5'),
+    'impossible pair': (('train', '{shop}', '--out', 'x', '--set', 'dim=10', '--set', 'heads=4'), 'make dim a multiple of heads'),
+    'no epochs': (('train', '{shop}', '--out', 'x', '--epochs', '0'), "Invalid value for '--epochs'"),
+    'epochs of what counts': (('train', '{shop}', '--out', 'x', '--model', 'popularity', '--epochs', '3'), "no field 'train.epochs'"),
+    'odd length of the model': (('train', '{shop}', '--out', 'x', '--set', 'length=7'), 'even number'),
+    'streams that are not there': (('train', '{shop}', '--out', 'x', '--model', 'image_only'), 'needs features of image'),
+    'streams asked for': (('train', '{shop}', '--out', 'x', '--set', 'streams=id+image'), 'needs features of image'),
+    'stored features of nothing': (('train', '{shop}', '--out', 'x', '--features', 'nowhere'), 'holds neither text_features.npy nor image_features.npy'),
     'model misspelt': (('train', '{shop}', '--out', 'x', '--model', 'popularty'), "did you mean 'popularity'"),
     'setting misspelt': (('train', '{shop}', '--out', 'x', '--model', 'transition_knn', '--set', 'windw=3'), "did you mean 'window'"),
     'setting without value': (('train', '{shop}', '--out', 'x', '--model', 'transition_knn', '--set', 'window'), 'write it as name=value'),
@@ -171,9 +184,82 @@ def test_features_written_elsewhere_are_used(imecd, shop, tmp_path):
 
 
 def test_a_demo_is_made_again(imecd, tmp_path):
+    "The table ends in IMECD; every figure is there; a second demo replaces the first."
     for seed in (0, 1):
-        code, _, err = imecd('demo', tmp_path/'demo', '--seed', seed); assert code == 0, err
+        code, said, err = imecd('demo', tmp_path/'demo', '--seed', seed, '--users', 300, '--items', 60, '--epochs', 3); assert code == 0, err
         assert json.loads((tmp_path/'demo/popularity/config.json').read_text())['seed'] == seed
+        run = tmp_path/'demo/IMECD'; told = json.loads((run/'config.json').read_text()); assert (told['model'], told['settings']['seed'], told['train']['seed'], told['train']['epochs'], told['train']['patience']) == ('imecd', seed, seed, 3, 3)
+    rows = [line.split()[0] for line in (tmp_path/'demo/table.txt').read_text().splitlines()[2:]]; assert rows == ['popularity', 'kNN,', 'kNN,', 'IMECD']
+    assert {p.stem for p in (run/'figures').iterdir()} == {'ranks', 'slices', 'history', 'loss', 'trust', 'perplexity', 'gates', 'lies', 'codes', 'path'}
+    assert {p.stem for p in (tmp_path/'demo/figures').iterdir()} == {'long_tail', 'lengths', 'ties', 'models'}
+
+
+TINY = [x for s in ('dim=16', 'heads=2', 'inner=32', 'layers=1', 'codes=8', 'train.targets=256', 'train.warmup=1', 'train.lr=3e-3') for x in ('--set', s)]
+
+
+@pytest.fixture(scope='module')
+def trained(imecd, shop, tmp_path_factory):
+    "A run of IMECD on a shop without pictures, and what was said."
+    out = tmp_path_factory.mktemp('runs')/'imecd'; code, said, err = imecd('train', shop, *TINY, '--epochs', 2, '--length', 20, '--out', out, '--json'); assert code == 0, err
+    return out, json.loads(said), err
+
+
+def test_imecd_is_trained(trained):
+    out, said, err = trained; origin = json.loads((out/'provenance.json').read_text()); config = json.loads((out/'config.json').read_text())
+    assert sorted(p.name for p in out.iterdir()) == ['config.json', 'figures', 'history.csv', 'metrics.json', 'model.safetensors', 'provenance.json', 'ranks.parquet', 'slices.csv']
+    assert {p.stem for p in (out/'figures').iterdir()} == {'ranks', 'slices', 'history', 'loss', 'trust', 'perplexity', 'gates', 'codes', 'path'}
+    assert said == json.loads((out/'metrics.json').read_text()) and set(said) == {'valid', 'test', 'test_masked', 'test_ties'}
+    history = pl.read_csv(out/'history.csv'); assert history['epoch'].to_list() == [0, 1] and {'loss', 'generated', 'valid ndcg@10', 'trust text', 'perplexity id'} <= set(history.columns)
+    assert origin['training']['best'] == history['valid ndcg@20'].arg_max() and origin['training']['epochs'] == 2 and said['valid']['ndcg@20'] == pytest.approx(history['valid ndcg@20'].max())
+    assert (config['model'], config['length'], config['settings']['length'], config['settings']['dim'], config['train']['epochs'], config['train']['lr']) == ('imecd', 20, 20, 16, 2, .003)
+
+
+def test_streams_that_the_data_set_lacks_are_left_out_and_it_is_said(trained):
+    out, _, err = trained; assert 'note: the data set offers no image; trained with streams=id+text\n' in err and json.loads((out/'config.json').read_text())['settings']['streams'] == 'id+text'
+
+
+def test_a_stored_imecd_is_measured_again_bit_by_bit(trained, imecd):
+    code, said, err = imecd('eval', trained[0], '--json'); assert code == 0, err
+    assert json.loads(said) == trained[1] and not err
+
+
+def test_two_equal_trainings_are_equal_byte_for_byte(trained, imecd, shop, tmp_path):
+    (tmp_path/'c.toml').write_text('length = 20\n[settings]\ndim = 16\nheads = 2\ninner = 32\nlayers = 1\ncodes = 8\n[settings.train]\ntargets = 256\nwarmup = 1\nlr = 3e-3\nepochs = 9\n')
+    assert imecd('train', shop, '--config', tmp_path/'c.toml', '--set', 'train.epochs=2', '--out', tmp_path/'b')[0] == 0
+    for name in ('metrics.json', 'config.json', 'ranks.parquet', 'slices.csv', 'model.safetensors'): assert (trained[0]/name).read_bytes() == (tmp_path/'b'/name).read_bytes(), name
+
+
+def test_other_features_are_named(trained, imecd, shop, tmp_path):
+    "Features that were stored elsewhere are found again; others are refused."
+    assert imecd('features', shop, '--image', 'none', '--out', tmp_path/'f')[0] == 0
+    code, said, err = imecd('train', shop, '--features', tmp_path/'f', *TINY, '--model', 'id+text', '--epochs', 1, '--length', 20, '--out', tmp_path/'run', '--json'); assert code == 0, err
+    again, seen, err = imecd('eval', tmp_path/'run', '--json'); assert again == 0 and json.loads(seen) == json.loads(said), err
+    import shutil
+    copy = tmp_path/'shop'; shutil.copytree(shop, copy); t = pl.read_parquet(copy/'items.parquet'); t.with_columns(pl.col('title').shuffle(seed=1), pl.col('description').shuffle(seed=2)).write_parquet(copy/'items.parquet')
+    code, _, err = imecd('eval', trained[0], '--data', copy); assert code == 2 and 'the features are not those of the training' in err and len(err.strip().splitlines()) == 1
+    (tmp_path/'f/text_features.npy').unlink(); code, _, err = imecd('eval', tmp_path/'run'); assert code == 2 and 'holds neither text_features.npy' in err
+
+
+def test_a_stored_imecd_that_does_not_fit_is_named(trained, run, imecd, tmp_path):
+    import shutil
+    shutil.copytree(trained[0], tmp_path/'a'); shutil.copy(run/'model.safetensors', tmp_path/'a/model.safetensors')
+    code, _, err = imecd('eval', tmp_path/'a'); assert code == 2 and 'it belongs to another configuration' in err
+    shutil.copytree(trained[0], tmp_path/'b'); told = json.loads((tmp_path/'b/config.json').read_text())
+    for changes, message in (({'dim': 8}, 'has shape'), ({'dimm': 8}, "did you mean 'dim'")):
+        (tmp_path/'b/config.json').write_text(json.dumps({**told, 'settings': {**told['settings'], **changes}})); code, _, err = imecd('eval', tmp_path/'b'); assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    (tmp_path/'b/config.json').write_text(json.dumps({**told, 'model': 'imced'})); code, _, err = imecd('eval', tmp_path/'b'); assert code == 2 and "did you mean 'imecd'" in err
+
+
+def test_a_preset_without_features_needs_none(imecd, shop, tmp_path):
+    code, _, err = imecd('train', shop, '--model', 'sasrec', *TINY, '--epochs', 1, '--seed', 3, '--out', tmp_path/'run'); assert code == 0 and not err, err
+    config = json.loads((tmp_path/'run/config.json').read_text()); assert config['settings']['seed'] == config['train']['seed'] == 3 and config['settings']['streams'] == 'id' and config['length'] == 50
+    assert {p.stem for p in (tmp_path/'run/figures').iterdir()} == {'ranks', 'slices', 'history', 'loss'} and imecd('eval', tmp_path/'run')[0] == 0
+
+
+def test_a_collapsed_codebook_is_a_note(imecd, shop, tmp_path):
+    "400 histories cannot use a tenth of 5,000 codes."
+    code, _, err = imecd('train', shop, *TINY, '--set', 'codes=5000', '--set', 'train.warmup=0', '--epochs', 1, '--out', tmp_path/'run'); assert code == 0, err
+    assert all(line.startswith('note: ') for line in err.strip().splitlines()) and 'note: codebook of' in err and 'UserWarning' not in err
 
 
 CONFIGS = sorted((Path(__file__).parents[1]/'configs').glob('*.toml'))
@@ -181,7 +267,9 @@ CONFIGS = sorted((Path(__file__).parents[1]/'configs').glob('*.toml'))
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_configurations_in_the_project_can_be_used(path):
-    told = read_config(path); make_model(told['model'], told['settings'])
+    told = read_config(path)
+    if told['model'] in PRESETS: configure_preset(told['model'], told['settings'])
+    else: make_model(told['model'], told['settings'])
 
 
 def test_the_command_line_wins_over_the_configuration(imecd, shop, tmp_path):

@@ -58,7 +58,7 @@ from imecd.train import TrainConfig, fit
 from imecd.vq import perplexity, shares
 
 CODES, EXPERTS, STEPS = 12, 4, 16
-SMALL = dict(dim=32, layers=1, heads=2, inner=64, length=20, codes=CODES, experts=EXPERTS, steps=STEPS, dropout=.2)
+SMALL = dict(dim=32, layers=1, heads=2, inner=64, length=20, codes=CODES, experts=EXPERTS, steps=STEPS, pure=.3, dropout=.2)
 RUN = dict(targets=200, lr=4e-3, patience=99)
 
 

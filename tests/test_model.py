@@ -22,7 +22,7 @@ from imecd.histories import Interactions, leave_one_out
 from imecd.metrics import evaluate
 from imecd.model import CHOICES, IMECD, LEAST, PRESETS, ModelConfig, Query, plot_rooms, room_table
 from imecd.ranking import best, ranks
-from imecd.towers import mean_so_far, seen_items, unit
+from imecd.towers import feature_table, mean_so_far, seen_items, unit
 
 N = 30
 SMALL = dict(dim=8, experts=3, layers=1, heads=2, inner=16, length=10, codes=4, commitment=.25, steps=6)
@@ -354,6 +354,13 @@ def test_chunks_change_neither_loss_nor_gradients(name):
         assert torch.allclose(loss, found[0][0], rtol=1e-5) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads, found[0][1], strict=True))
 
 
+def test_generated_vectors_have_a_length():
+    "Under `dot` that of their condition, in training and ranking; under `cosine` that of the temperature."
+    for score in ('dot', 'cosine'):
+        m = model_of(config(score=score)); q, c = m.query(rows(WALKS)).vectors, m.condition(rows(WALKS))[0]
+        assert torch.allclose(q.norm(dim=-1), c.norm(dim=-1) if score == 'dot' else m.log_scale.exp().expand(len(q)), rtol=1e-5)
+
+
 def test_guided_sampling_still_scores_like_training():
     "However a vector is generated, equal vectors get equal scores: the query is what `ask` makes of it."
     m = model_of(config(sample_steps=3, samples=2, scale=1.)); q = m.query(rows(WALKS)); found = []
@@ -504,7 +511,7 @@ def test_every_parameter_learns(name, data):
     assert {n for n, p in m.named_parameters() if p.requires_grad} - taught - ({'cdg.nothing'} if not c.drop else set()) == set()
     for n in m.table.modalities: assert not getattr(m.table, f'features_{n}').requires_grad
     assert not any('features' in n for n in [*m.state_dict(), *(n for n, _ in m.named_parameters())])
-    assert torch.equal(m.table.features_text, torch.as_tensor(features().text)) if 'text' in m.table.modalities else True
+    assert all(torch.equal(getattr(m.table, f'features_{n}'), feature_table(features(), n, c.streams)) for n in m.table.modalities for c in [m.config])
 
 
 def test_rooms_cover_all_parameters():
@@ -661,3 +668,15 @@ def test_streams_are_those_of_the_configuration():
         m = model_of(config(streams=streams)); n = len(streams.split('+')); batch = rows(WALKS); items = m.items()
         assert items.read.shape == (n, N+1, 8) and items.vectors.shape == (N+1, n*8) and m.reader.states(items, batch).shape == (n, len(batch.items), 8)
         assert ['id']*m.table.has_id+m.table.modalities == [s for s in STREAMS if s in streams.split('+')]
+
+
+def test_features_are_centred_and_of_one_length_on_average():
+    f = features(); x = feature_table(f, 'image', 'image'); here = torch.as_tensor(f.present)[:, 1]
+    assert x[here].mean(0).abs().max() < 1e-5 and abs(float(x[here].square().sum(1).mean())-1) < 1e-5 and not x[~here].any() and not x[0].any()
+    none = f._replace(present=np.zeros_like(f.present)); assert torch.equal(feature_table(none, 'image', 'image'), torch.as_tensor(f.image).float())
+
+
+def test_a_query_is_cut_by_rows():
+    from dataclasses import replace
+    q = Query(torch.arange(12.).view(6, 2), torch.ones(6, 3, dtype=torch.long), None); part = q[2:4]
+    assert len(q) == 6 and len(part) == 2 and torch.equal(part.vectors, q.vectors[2:4]) and part.codes is None and len(replace(q, vectors=q.vectors+1)) == 6

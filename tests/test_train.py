@@ -1,4 +1,5 @@
 "Training: the best epoch is kept, the history says what happened, a seed is a training, mistakes are named."
+import copy
 import math
 import warnings
 from dataclasses import replace
@@ -14,7 +15,7 @@ from imecd.features import Features
 from imecd.histories import Interactions, leave_one_out
 from imecd.metrics import evaluate, ndcg
 from imecd.model import IMECD, PRESETS, ModelConfig
-from imecd.train import TrainConfig, fit, validate
+from imecd.train import TrainConfig, fit, line, plot_history, plot_terms, room_health, validate
 
 N = 30
 SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, commitment=.25, steps=6, dropout=.1)
@@ -53,7 +54,7 @@ def trained(data, features):
 
 @pytest.mark.parametrize('changes, words', [(dict(epochs=0), 'epochs=0: must be at least 1'), (dict(patience=0), 'at least 1'), (dict(targets=0), 'at least 1'), (dict(warmup=-1), 'at least 0'),
                                             (dict(metric_k=0), 'at least 1'), (dict(seed=-1), 'at least 0'), (dict(lr=0.), 'above 0 and finite'), (dict(lr=math.nan), 'above 0'),
-                                            (dict(lr=math.inf), 'finite'), (dict(clip=0.), 'above 0'), (dict(clip=-1.), 'above 0')], ids=str)
+                                            (dict(lr=math.inf), 'finite'), (dict(clip=0.), 'above 0'), (dict(clip=-1.), 'above 0'), (dict(weight_decay=-.1), 'at least 0'), (dict(weight_decay=math.nan), 'at least 0')], ids=str)
 def test_impossible_settings_are_refused(changes, words):
     with pytest.raises(ImecdError, match=words): TrainConfig(**changes)
 
@@ -116,9 +117,45 @@ def test_one_seed_one_training(name, data, features):
 def test_a_loss_that_is_no_number_is_named(data, features):
     m = model_of(data, features)
     with torch.no_grad(): m.reader.fuse.bias.fill_(torch.nan)
-    with pytest.raises(ImecdError, match='the loss is nan: condition nan.*learning rate') as e: fit(m, data, RUN)
+    with pytest.raises(ImecdError, match='epoch 0, batch 0: loss is nan, condition is nan; lower lr .now 0.01.') as e: fit(m, data, RUN)
     assert '\n' not in str(e.value)
-    with pytest.raises(ImecdError): quietly(model_of(data, features), data, replace(RUN, lr=1e30))
+    for bf16 in (False, True):
+        with pytest.raises(ImecdError, match='epoch [01], batch .* lower lr .now 1e.30.'+', or set bf16 to false'*bf16) as e: quietly(model_of(data, features), data, replace(RUN, lr=1e30, bf16=bf16))
+        assert len(str(e.value)) < 300
+
+
+def test_a_gradient_that_is_no_number_never_reaches_the_parameters(data, features):
+    m = model_of(data, features, 'sasrec'); before = copy.deepcopy(m.state_dict()); m.reader.fuse.weight.register_hook(lambda g: g*torch.inf)
+    with pytest.raises(ImecdError, match='epoch 0, batch 0: the gradient is (inf|nan)'): fit(m, data, RUN)
+    assert all(torch.equal(x, before[name]) for name, x in m.state_dict().items())
+
+
+def test_nothing_of_a_training_leaks(data, features):
+    "The global generator is where it was; a callback that draws from it changes nothing; the modes of the parts are kept."
+    torch.manual_seed(3); before = torch.get_rng_state(); m = model_of(data, features); h = quietly(m, data, replace(RUN, epochs=3)); assert torch.equal(torch.get_rng_state(), before)
+    n = model_of(data, features); g = quietly(n, data, replace(RUN, epochs=3), lambda *_: torch.rand(7)); assert h.table.drop('seconds').equals(g.table.drop('seconds'))
+    for mode in (True, False): m.train(mode); modes = [p.training for p in m.modules()]; room_health(m, validate(m, data, data.cases('valid'))[1]); assert [p.training for p in m.modules()] == modes
+
+
+def test_a_collapsed_codebook_is_named(data, features):
+    "Of the kept epoch, once."
+    m = model_of(data, features, codes=64); place = type(m).place_codes
+    def collapsed(data, seed): place(m, data, seed); [level.codes.zero_() for level in m.reader.vq.levels]; m.reader.learn_codes = lambda *a: None
+    m.place_codes = collapsed
+    with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); h = fit(m, data, replace(RUN, epochs=2, warmup=0))
+    said = [str(w.message) for w in said if 'codebook of' in str(w.message)]; assert len(said) == 3 and 'only 1.0 of 64 codes' in said[0] and h.table['perplexity id'].to_list() == [1., 1.] and h.table['dead id'][0] == 63
+
+
+def test_nothing_to_learn_is_named(data, features):
+    split = data.split._replace(train=data.split.data.offsets[:-1]+1); none = sequence_data(split, 10)
+    with pytest.raises(ImecdError, match='nothing can be learnt'): fit(model_of(data, features), none, RUN)
+
+
+def test_history_is_drawn(trained):
+    import matplotlib.pyplot as plt
+    h = trained[1]; ax = plot_history(h.table, best=h.best, levels={'popularity': .1}); assert [t.get_text() for t in ax.get_legend().get_texts()] == ['valid ndcg@10', 'popularity', 'kept']; plt.close('all')
+    said = [t.get_text() for t in plot_terms(h.table).get_legend().get_texts()]; plt.close('all')
+    assert [s.split()[0] for s in said] == ['condition', 'pseudo', 'vq', 'generated', 'mse', 'contrast'] and 'ndcg@10' in line(h.table.row(0, named=True)) and 'dead id' in line(h.table.row(-1, named=True))
 
 
 def test_nobody_to_validate_is_named(data, features):
