@@ -47,19 +47,16 @@ class Items(NamedTuple):
     moe: MoEOut|None     # of the content streams
     pseudo: Tensor|None  # () how far pseudo-IDs are from IDs
 
-# %% ../nbs/07b_towers.ipynb #b48e12a4
+# %% ../nbs/07b_towers.ipynb #68577449
 def feature_table(
     features:Features|None,
     name:str,    # of the modality
     streams:str, # of the configuration, for the message
 )->Tensor: # (N+1, F) float32
-    "One modality's features, centred and of length one on average; rows without a feature are zero."
+    "One modality's features, or what is missing."
     if getattr(features, name, None) is None:
         raise ImecdError(f"streams={streams!r} needs features of {name}, which this data set does not offer; leave {name} out or make them")
-    x, here = torch.as_tensor(getattr(features, name)).float(), torch.as_tensor(features.present)[:, MODALITIES.index(name)]
-    if not here.any(): return x
-    x = (x-x[here].mean(0))*here[:, None]                                                          # what tells items apart is not their mean
-    return x/x.square().sum(1)[here].mean().sqrt().clamp(min=1e-9)
+    return torch.as_tensor(getattr(features, name)).float()
 
 # %% ../nbs/07b_towers.ipynb #e7a90977
 class ItemTower(nn.Module):

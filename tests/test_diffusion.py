@@ -308,7 +308,7 @@ def test_learns_to_use_condition_and_noise():
     "A toy whose condition names half of the item: permuted conditions and other noise levels change the loss as they should."
     torch.manual_seed(0); n, d = 64, 16; z = F.normalize(torch.randn(n+1, d), dim=1); group = torch.randn(8, d); y = torch.randint(1, n+1, (4096,))
     cdg = ContrastiveDiffusion(d, top=4*information_limit(n, d)); optimiser = torch.optim.Adam(cdg.parameters(), 3e-3)
-    for i in range(300):
+    for _ in range(300):
         rows = torch.randint(0, 4096, (256,)); out = cdg(group[y[rows] % 8], z[y[rows]])
         loss = catalogue_loss(F.normalize(out.x0, dim=1)/.1, z, y[rows]).mean(); optimiser.zero_grad(); loss.backward(); optimiser.step()
     @torch.no_grad()

@@ -670,12 +670,6 @@ def test_streams_are_those_of_the_configuration():
         assert ['id']*m.table.has_id+m.table.modalities == [s for s in STREAMS if s in streams.split('+')]
 
 
-def test_features_are_centred_and_of_one_length_on_average():
-    f = features(); x = feature_table(f, 'image', 'image'); here = torch.as_tensor(f.present)[:, 1]
-    assert x[here].mean(0).abs().max() < 1e-5 and abs(float(x[here].square().sum(1).mean())-1) < 1e-5 and not x[~here].any() and not x[0].any()
-    none = f._replace(present=np.zeros_like(f.present)); assert torch.equal(feature_table(none, 'image', 'image'), torch.as_tensor(f.image).float())
-
-
 def test_a_query_is_cut_by_rows():
     from dataclasses import replace
     q = Query(torch.arange(12.).view(6, 2), torch.ones(6, 3, dtype=torch.long), None); part = q[2:4]

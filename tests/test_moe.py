@@ -64,7 +64,7 @@ def test_mean_and_spread_are_those_of_a_permutation():
     torch.manual_seed(0); e, guess = (F.normalize(torch.randn(300, 20)+torch.randn(20), dim=1) for _ in range(2))
     own, found = (e*guess).sum(1), []
     mean, spread = (e@guess.sum(0)-own)/299, (((e@(guess.T@guess)*e).sum(1)-own**2)/299)
-    for k in range(300): found.append(((e*guess[torch.randperm(300)]).sum(1)-mean)/(spread-mean**2).sqrt())
+    for _ in range(300): found.append(((e*guess[torch.randperm(300)]).sum(1)-mean)/(spread-mean**2).sqrt())
     found = torch.stack(found); assert abs(float(found.mean())) < .02 and abs(float(found.std())-1) < .02
 
 
@@ -84,7 +84,7 @@ def test_few_known_items(n):
 
 
 def test_evidence_is_nothing_before_training_and_finds_lies_after():
-    torch.manual_seed(0); n, lie = 400, torch.arange(401) > 320; truth = torch.randn(401, 6); truth[0] = 0
+    torch.manual_seed(0); lie = torch.arange(401) > 320; truth = torch.randn(401, 6); truth[0] = 0
     said = torch.where(lie[:, None], truth[torch.randperm(401)], truth)@torch.randn(6, 40)+.3*torch.randn(401, 40)
     known = torch.arange(401) > 0; agreement = Agreement(said, known)
     assert agreement(torch.randn(401, 16)*.02).abs().max() < .5
