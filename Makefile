@@ -16,12 +16,12 @@ setup: .venv/ready
 	touch $@
 
 run: setup ## make the shop, train the models on it, print their table, write figures
-	MPLBACKEND=Agg $(BIN)/imecd demo $(RUNS)/demo
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MPLBACKEND=Agg $(BIN)/imecd demo $(RUNS)/demo
 
 test: setup ## lint, notebooks, tests
 	$(BIN)/ruff check imecd tests bench .ci setup.py nbs
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/nbdev_test --n_workers 2
-	MPLBACKEND=Agg $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q
 
 lab: setup ## open the notebooks
 	$(BIN)/jupyter lab nbs/index.ipynb
