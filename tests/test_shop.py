@@ -215,14 +215,26 @@ def test_removing_or_permuting_the_truth_changes_nothing_public(small, tmp_path)
     for other in (permuted, gone): assert np.array_equal(other.events, loaded.events) and other.items.equals(loaded.items)
 
 
+def names_in(tree):
+    "Names used or imported, and strings, in a piece of code."
+    return ({n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+            | {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)})
+
+
 def test_nobody_else_reads_the_truth():
     for path in LIB.glob('*.py'):
-        if path.stem in ('shop', '_modidx', 'widgets'): continue
-        tree = ast.parse(path.read_text())
-        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-        names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
-        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-        assert 'load_truth' not in names and not any('truth.parquet' in t or 'truth_events' in t for t in texts), path.name
+        if path.stem in ('shop', '_modidx', 'widgets', 'cli'): continue
+        names = names_in(ast.parse(path.read_text()))
+        assert 'load_truth' not in names and not any('truth.parquet' in t or 'truth_events' in t for t in names), path.name
+
+
+def test_the_command_line_draws_with_the_truth_and_does_nothing_else_with_it():
+    tree = ast.parse((LIB/'cli.py').read_text()); functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    assert {name for name, f in functions.items() if 'load_truth' in names_in(f)} == {'demo'} and not any('truth.parquet' in t or 'truth_events' in t for t in names_in(tree))
+    for f in (functions['train_run'], functions['demo']):  # what was read goes to the figures, or is handed on to `train_run` for its figures
+        given = [c for c in ast.walk(f) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name) and c.func.id in ('room_figures', 'train_run')]
+        allowed = sum(isinstance(n, ast.Name) and n.id == 'lies' for c in given for a in (*c.args, *(k.value for k in c.keywords)) for n in ast.walk(a))
+        assert sum(isinstance(n, ast.Name) and n.id == 'lies' and isinstance(n.ctx, ast.Load) for n in ast.walk(f)) == allowed > 0, f.name
 
 
 # science, in small
