@@ -37,7 +37,7 @@ class ItemConfig:
     id_dropout:float=.1         # share of items whose ID is replaced by its pseudo-ID in a step
     cold_below:int=1            # an item with fewer training events uses its pseudo-ID
 
-# %% ../nbs/08_model.ipynb #46a5c548
+# %% ../nbs/08_model.ipynb #056668f7
 @dataclass(frozen=True)
 class HistoryConfig:
     "How a history is read."
@@ -51,7 +51,7 @@ class HistoryConfig:
     codes:int=64                # C
     vq_on:str='state'           # or `sequence`: the mean state so far
     replace:bool=False          # the code instead of the state
-    guidance:float=.3           # initial share of the code
+    guidance:float=.1           # initial share of the code
     learn:str='ema'             # codes follow their members, or learn by `gradient`
     rotation:bool=False         # gradient through the codes by the rotation trick
     commitment:float=0.         # how strongly states are drawn to their codes; codes that learn by gradient need some
