@@ -253,7 +253,7 @@ def plot_gates(
     ax.set_yticks(range(n), [t[:34] for t in titles], fontsize=7, parse_math=False)
     return label(ax, f'Darker experts have more weight (darkest: {float(gates.max()):.2f}); the numbers are trust', f"expert of {', of '.join(names)}", '')
 
-# %% ../nbs/04_moe.ipynb #7d29a04c
+# %% ../nbs/04_moe.ipynb #ee4b707b
 def plot_trust(
     trust:Tensor, # (N, M)
     lies:Tensor,  # (N, M) bool: the truth
@@ -262,10 +262,10 @@ def plot_trust(
     ax=None,      # axis to draw on
 ): # the axis
     "Trust of honest and of lying items, a point an item, the mean as a bar."
-    ax, told, g = new_axes(ax, figsize=(7, 2.4)), [], rng(0, 'jitter')
+    ax, told, g = new_axes(ax, figsize=(7, 2.4)), [], rng(0, 'jitter'); trust, lies, rows = (x.detach().cpu() for x in (trust, lies, rows))
     for m, name in enumerate(names[:trust.shape[1]]):
         for lying in (False, True):
-            t = trust[rows[:, m] & (lies[:, m] == lying), m].detach().cpu().numpy(); y = len(told)
+            t = trust[rows[:, m] & (lies[:, m] == lying), m].numpy(); y = len(told)
             told.append(f"{name}, {'lies' if lying else 'honest'}"+(f' (mean {t.mean():.2f})' if len(t) else ''))
             ax.scatter(t, y+g.uniform(-.3, .3, len(t)), s=4, lw=0, color=COLOURS[name], alpha=.6)
             if len(t): ax.vlines(t.mean(), y-.4, y+.4, color=COLOURS['mark'], lw=2)

@@ -47,7 +47,7 @@ def ranks_by_step(
         found.append(1+(s > own).sum(1)+.5*((s == own).sum(1)-1))
     return torch.stack(found)
 
-# %% ../nbs/07a_paths.ipynb #b9b70b3d
+# %% ../nbs/07a_paths.ipynb #987a56aa
 def plot_ranks(
     ranks:Tensor, # (S, R) from `ranks_by_step`
     ts:list,      # (S,) steps of the schedule, T first
@@ -55,7 +55,7 @@ def plot_ranks(
     ax=None,      # axis to draw on
 ): # the axis
     "Median and quartiles of the rank of the true item from the first step to the last."
-    ax = new_axes(ax, figsize=(7, 2.6)); low, mid, high = ranks.double().quantile(torch.tensor([.25, .5, .75], dtype=torch.float64), dim=1)
+    ax = new_axes(ax, figsize=(7, 2.6)); low, mid, high = ranks.double().cpu().quantile(torch.tensor([.25, .5, .75], dtype=torch.float64), dim=1)
     x = range(len(ts))
     ax.fill_between(x, low, high, color=CYCLE[0], alpha=.3, lw=0, label='half of all users'); ax.plot(x, mid, 'o-', ms=3, color=CYCLE[0], label='median')
     ax.axhline((n_items+1)/2, ls=':', color=COLOURS['context'], label='chance')
@@ -100,7 +100,7 @@ def _told(
     names = [str(i) if titles is None else str(titles[i]) for i in closest(step.x0[row:row+1], items, top)[0].tolist()]
     return f't = {step.t}: '+', '.join(n if len(n) < 25 else f'{n[:22]}...' for n in names)
 
-# %% ../nbs/07a_paths.ipynb #d6f414f6
+# %% ../nbs/07a_paths.ipynb #08b5cac6
 def plot_trajectory(
     steps:list,      # what the sampler's callback got
     items:Tensor,    # (N+1, D), row 0 is PAD
@@ -112,6 +112,7 @@ def plot_trajectory(
     top:int=2,       # items named at each step
 ): # the axis
     "The denoising path of one user over the map of items; beside it the nearest items at each step."
+    items, steps = items.detach().cpu(), [s._replace(x_t=s.x_t.cpu(), x0=s.x0.cpu()) for s in steps]
     ax, view = new_axes(ax, figsize=(7, 3)), view or fit_map(items[1:])
     ax.scatter(*view.place(items[1:]).T, s=5, color=COLOURS['context'], alpha=.4, lw=0)
     noisy, guess = (view.place(torch.stack([getattr(s, name)[row] for s in steps])) for name in ('x_t', 'x0'))   # (S, 2)

@@ -90,7 +90,7 @@ class Run(NamedTuple):
     ranks: pl.DataFrame
     provenance: dict
 
-# %% ../nbs/09a_runs.ipynb #9ba019ec
+# %% ../nbs/09a_runs.ipynb #05726167
 def save_run(
     folder:str|Path,       # to make; must not exist or be empty
     config:dict,           # model, settings, split, length, seed
@@ -104,7 +104,7 @@ def save_run(
     with whole_folder(folder) as part:
         for name, content in (('config', config), ('metrics', found.metrics), ('provenance', origin)): save_json(content, part/f'{name}.json')
         found.ranks.write_parquet(part/'ranks.parquet')
-        save_file({k: v.contiguous() for k, v in model.tensors().items()}, part/'model.safetensors'); (part/'model.safetensors').chmod(0o644)
+        save_file({k: v.detach().clone() for k, v in model.tensors().items()}, part/'model.safetensors'); (part/'model.safetensors').chmod(0o644)
         for name, table in {'slices': found.slices, **(tables or {})}.items(): table.write_csv(part/f'{name}.csv')
         save_figures({'ranks': plot_ranks({p: e.rank for p, e in found.parts.items()}, origin['data']['items']), 'slices': plot_slices(found.slices)}, part/'figures')
     return Run(Path(folder), config, found.metrics, found.ranks, origin)

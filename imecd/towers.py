@@ -58,7 +58,7 @@ def feature_table(
         raise ImecdError(f"streams={streams!r} needs features of {name}, which this data set does not offer; leave {name} out or make them")
     return torch.as_tensor(getattr(features, name)).float()
 
-# %% ../nbs/07b_towers.ipynb #e7a90977
+# %% ../nbs/07b_towers.ipynb #06f3710d
 class ItemTower(nn.Module):
     "IDs, features and the ID-MoE: what every item is, for histories and candidates alike."
     def __init__(self,
@@ -74,11 +74,11 @@ class ItemTower(nn.Module):
         self.register_buffer('present', present[:, [MODALITIES.index(m) for m in self.modalities]].bool(), persistent=False)  # (N+1, M)
         self.register_buffer('warm', counts >= c.cold_below)                                        # (N+1,) uses its own ID
         used = self.has_id or c.gate not in ('self', *FIXED)                                        # by a stream, or by a gate
-        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*.02, requires_grad=used); self.ids.data[PAD] = 0; self.moe = None
+        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*.02, requires_grad=used); self.ids.data[PAD] = 0; self.moe = self.pseudo = None
         if not self.modalities: return
         kw = dict(gate=c.gate, top_k=c.top_k, noisy=c.noisy, raw=c.raw, residual=c.residual, dropout=c.feature_dropout, seed=c.seed)
         self.moe = IDMoE(self.features, self.present, self.warm & (counts > 0), c.dim, c.experts, **kw)
-        self.pseudo = nn.Sequential(nn.Linear(len(self.modalities)*c.dim, 2*c.dim), nn.GELU(), nn.Linear(2*c.dim, c.dim))
+        if used: self.pseudo = nn.Sequential(nn.Linear(len(self.modalities)*c.dim, 2*c.dim), nn.GELU(), nn.Linear(2*c.dim, c.dim))
 
     @property
     def features(self)->list[Tensor]: return [getattr(self, f'features_{m}') for m in self.modalities]  # M x (N+1, F)
@@ -88,7 +88,8 @@ class ItemTower(nn.Module):
         e, c, moe, off = self.ids.index_fill(0, torch.tensor([PAD], device=self.ids.device), 0.), self.config, None, None
         if self.moe is not None:
             own, x = e, self.moe.project(self.features)                                             # M x (N+1, D)
-            e, off = self.stand_in(own, x, learn); moe = self.moe(e, self.features, self.present, learn, x, own)
+            if self.pseudo is not None: e, off = self.stand_in(own, x, learn)
+            moe = self.moe(e, self.features, self.present, learn, x, own)
         first = [unit(e) if c.score == 'cosine' else e] if self.has_id else []
         blocks = [*first, *(() if moe is None else moe.content)]                                    # S x (N+1, D)
         z = sum(blocks) if c.item == 'sum' else torch.cat(blocks, -1)                               # (N+1, D_x)
@@ -97,10 +98,10 @@ class ItemTower(nn.Module):
     def stand_in(self, e:Tensor, x:list[Tensor], learn:Tensor|None)->tuple[Tensor, Tensor|None]:
         "Items without a trained ID, and a random share of the others in training, get a pseudo-ID made of their content."
         made = self.pseudo(torch.cat([unit(v)*p[:, None] for v, p in zip(x, self.present.T)], -1))  # (N+1, D)
-        made, swap = unit(made)*e.detach().norm(dim=-1).mean(), ~self.warm & self.present.any(1)    # as long as IDs are
+        made, swap = unit(made)*e.detach().norm(dim=-1).mean(), ~self.warm                          # as long as IDs are
         if self.training: swap = swap | (torch.rand(len(e), device=e.device) < self.config.id_dropout)
-        swap[PAD] = False; off = None if learn is None else (1-F.cosine_similarity(made[learn], e[learn].detach(), dim=-1)).mean()
-        return torch.where(swap[:, None], made, e), off
+        far = lambda rows: (1-F.cosine_similarity(made[rows], e[rows].detach(), dim=-1)).sum()/max(len(rows), 1)
+        return torch.where((swap & self.present.any(1))[:, None], made, e), None if learn is None else far(learn[self.warm[learn]])
 
 # %% ../nbs/07b_towers.ipynb #5d3ae216
 def mean_so_far(
@@ -112,7 +113,7 @@ def mean_so_far(
     place = torch.arange(h.shape[1], device=h.device); start = place-batch.positions
     return ((total[:, 1:]-total[:, start])/(batch.positions+1)[:, None]).to(h.dtype)
 
-# %% ../nbs/07b_towers.ipynb #2583573b
+# %% ../nbs/07b_towers.ipynb #07013295
 class UserTower(nn.Module):
     "Encoder and MS-VQ: what every position of a history asks for."
     def __init__(self,
@@ -146,7 +147,7 @@ class UserTower(nn.Module):
 
     @torch.no_grad()
     def learn_codes(self, items:Items, batch:Batch)->None:
-        "Codes follow the states that evaluation will see, those without dropout."
+        "Codes follow the states of an encoder at rest, without its dropout."
         self.encoder.eval(); h = self.states(items, batch); self.encoder.train(self.training)
         self.vq.train(); self.vq(self.coded(h, batch)); self.vq.eval()
 

@@ -256,6 +256,11 @@ def test_a_preset_without_features_needs_none(imecd, shop, tmp_path):
     assert {p.stem for p in (tmp_path/'run/figures').iterdir()} == {'ranks', 'slices', 'history', 'loss'} and imecd('eval', tmp_path/'run')[0] == 0
 
 
+def test_a_gate_that_is_shared_is_stored(imecd, shop, tmp_path):
+    code, said, err = imecd('train', shop, '--model', 'shared_gate', *TINY, '--epochs', 1, '--out', tmp_path/'run', '--json'); assert code == 0, err
+    again, seen, err = imecd('eval', tmp_path/'run', '--json'); assert again == 0 and json.loads(seen) == json.loads(said), err
+
+
 def test_a_collapsed_codebook_is_a_note(imecd, shop, tmp_path):
     "400 histories cannot use a tenth of 5,000 codes."
     code, _, err = imecd('train', shop, *TINY, '--set', 'codes=5000', '--set', 'train.warmup=0', '--epochs', 1, '--out', tmp_path/'run'); assert code == 0, err

@@ -15,7 +15,7 @@ from imecd.features import Features
 from imecd.histories import Interactions, leave_one_out
 from imecd.metrics import evaluate, ndcg
 from imecd.model import IMECD, PRESETS, ModelConfig
-from imecd.train import TrainConfig, fit, line, plot_history, plot_terms, room_health, validate
+from imecd.train import TrainConfig, fit, line, plot_history, plot_terms, room_health, running_mean, validate, wear
 
 N = 30
 SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, commitment=.25, steps=6, dropout=.1)
@@ -54,7 +54,7 @@ def trained(data, features):
 
 @pytest.mark.parametrize('changes, words', [(dict(epochs=0), 'epochs=0: must be at least 1'), (dict(patience=0), 'at least 1'), (dict(targets=0), 'at least 1'), (dict(warmup=-1), 'at least 0'),
                                             (dict(metric_k=0), 'at least 1'), (dict(seed=-1), 'at least 0'), (dict(lr=0.), 'above 0 and finite'), (dict(lr=math.nan), 'above 0'),
-                                            (dict(lr=math.inf), 'finite'), (dict(clip=0.), 'above 0'), (dict(clip=-1.), 'above 0'), (dict(weight_decay=-.1), 'at least 0'), (dict(weight_decay=math.nan), 'at least 0')], ids=str)
+                                            (dict(lr=math.inf), 'finite'), (dict(clip=0.), 'above 0'), (dict(clip=-1.), 'above 0'), (dict(weight_decay=-.1), 'at least 0'), (dict(weight_decay=math.nan), 'at least 0'), (dict(average=-1.), 'average=-1.0: must be at least 0'), (dict(average=math.nan), 'finite')], ids=str)
 def test_impossible_settings_are_refused(changes, words):
     with pytest.raises(ImecdError, match=words): TrainConfig(**changes)
 
@@ -155,12 +155,44 @@ def test_history_is_drawn(trained):
     import matplotlib.pyplot as plt
     h = trained[1]; ax = plot_history(h.table, best=h.best, levels={'popularity': .1}); assert [t.get_text() for t in ax.get_legend().get_texts()] == ['valid ndcg@10', 'popularity', 'kept']; plt.close('all')
     said = [t.get_text() for t in plot_terms(h.table).get_legend().get_texts()]; plt.close('all')
-    assert [s.split()[0] for s in said] == ['condition', 'pseudo', 'vq', 'generated', 'mse', 'contrast'] and 'ndcg@10' in line(h.table.row(0, named=True)) and 'dead id' in line(h.table.row(-1, named=True))
+    assert [s.split()[0] for s in said] == ['condition', 'pseudo', 'vq', 'generated', 'mse', 'contrast'] and 'ndcg@10' in line(h.table.row(0, named=True)) and 'codes id ' in line(h.table.row(-1, named=True)) and 'dead, ' in line(h.table.row(-1, named=True))
 
 
 def test_nobody_to_validate_is_named(data, features):
     split = data.split._replace(valid=np.full_like(data.split.valid, -1)); none = sequence_data(split, 10)
     with pytest.raises(ImecdError, match='validation target'): fit(model_of(data, features), none, RUN)
+
+
+def test_parameters_are_lent_and_given_back():
+    m = torch.nn.Linear(3, 2); own = [p.detach().clone() for p in m.parameters()]; other = [torch.full_like(p, 7.) for p in own]
+    with pytest.raises(KeyError, match='midway'), wear(m, other):
+        assert all((p == 7).all() and p.requires_grad for p in m.parameters())
+        raise KeyError('midway')
+    assert all(torch.equal(p, o) for p, o in zip(m.parameters(), own)) and all((o == 7).all() for o in other)
+
+
+@pytest.mark.parametrize('steps', [0, 1, 4, 1000])
+def test_the_mean_follows_its_formula(steps):
+    "Weight of the newest: 9/(9+n), at least 1/steps; the first step starts it."
+    m = torch.nn.Linear(2, 1, bias=False); optimiser = torch.optim.SGD(m.parameters(), .1); mean, expected = running_mean(m, optimiser, steps), None
+    for n in range(30):
+        optimiser.zero_grad(); (m(torch.ones(2))-n).square().sum().backward(); optimiser.step(); now = m.weight.detach().double()
+        expected = now if expected is None else expected+(now-expected)*max(1/max(steps, 1), 9/(9+n))
+        torch.testing.assert_close(next(mean.parameters()).detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert steps > 1 or torch.equal(next(mean.parameters()), m.weight)
+
+
+def test_what_is_judged_is_the_mean(data, features, monkeypatch):
+    "Validation, callback and the epoch that is kept have the running mean; the parameters that are trained are others, and without averaging they are the same."
+    import imecd.train as train
+    for average, equal in ((2., False), (0., True)):
+        trained_with, judged, kept = [], [], []; plain = train.train_epoch
+        def epoch(model, *args, plain=plain): out = plain(model, *args); trained_with.append(model.reader.fuse.weight.detach().clone()); return out
+        with monkeypatch.context() as p:
+            p.setattr(train, 'train_epoch', epoch)
+            m = model_of(data, features); h = quietly(m, data, replace(RUN, average=average), lambda e, row, model: (judged.append(model.reader.fuse.weight.detach().clone()), kept.append(ndcg_of(model, data))))
+        assert [torch.equal(a, b) for a, b in zip(trained_with, judged)] == [equal]*len(judged)
+        assert torch.equal(m.reader.fuse.weight, judged[h.best]) and ndcg_of(m, data) == kept[h.best] == h.table['valid ndcg@5'][h.best]
 
 
 def test_bfloat16_trains(data, features):
