@@ -136,12 +136,12 @@ class Fitted(NamedTuple):
     features: Features # that it reads
     notes: list[str]   # what a person should be told
 
-# %% ../nbs/10a_fitting.ipynb #7bf480ad
+# %% ../nbs/10a_fitting.ipynb #5a915be6
 def fit_preset(
     name:str,                # one of `PRESETS`
     folder:Path,             # the data set, for its features
     data:SequenceData,       # the same, split
-    settings:dict|None=None, # see `configure_preset`
+    settings:dict|None=None, # see `configure_preset`; the length is that of `data`
     source=None,             # folder of features; None: what the data set offers
     seed:int=0,              # of model and training, where the settings do not say
     callback:Callable|None=None, # see `fit`

@@ -270,8 +270,12 @@ def test_two_items_are_a_catalogue(name):
 def test_histories_that_cannot_be_read_are_named():
     m = model_of(config())
     with pytest.raises(ImecdError, match='history 1 is empty'): m.scores([[1], []])
-    for bad in (0, -1, N+1):
-        with pytest.raises(ImecdError, match=f'history 0: {bad} is no item'): m.scores([[1, bad]])
+    for bad in (0, -1, N+1, 'i1', 1.):
+        with pytest.raises(ImecdError, match=f'history 0: {bad!r} is no item'): m.scores([[1, bad]])
+    for bad in ([1, 2], ['12']):
+        with pytest.raises(ImecdError, match='history 0 is .*; give a list of histories'): m.scores(bad)
+    with pytest.raises(ImecdError, match='no histories'): m.scores([])
+    assert torch.equal(m.scores([[1, 2]]), m.scores([np.array([1, 2])]))
 
 
 def test_scores_read_the_last_items():
