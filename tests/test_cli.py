@@ -184,12 +184,14 @@ def test_features_written_elsewhere_are_used(imecd, shop, tmp_path):
 
 
 def test_a_demo_is_made_again(imecd, tmp_path):
-    "The table ends in IMECD; every figure is there; a second demo replaces the first."
+    "Both tables end in IMECD; every figure is there; a second demo replaces the first."
     for seed in (0, 1):
         code, said, err = imecd('demo', tmp_path/'demo', '--seed', seed, '--users', 300, '--items', 60, '--epochs', 3); assert code == 0, err
         assert json.loads((tmp_path/'demo/popularity/config.json').read_text())['seed'] == seed
         run = tmp_path/'demo/IMECD'; told = json.loads((run/'config.json').read_text()); assert (told['model'], told['settings']['seed'], told['train']['seed'], told['train']['epochs'], told['train']['patience']) == ('imecd', seed, seed, 3, 3)
-    rows = [line.split()[0] for line in (tmp_path/'demo/table.txt').read_text().splitlines()[2:]]; assert rows == ['popularity', 'kNN,', 'kNN,', 'IMECD']
+    kept, masked, _ = (tmp_path/'demo/table.txt').read_text().split('\n\n')
+    for table, how in ((kept, 'history kept'), (masked, 'history masked')): first, _, *rows = table.splitlines(); assert how in first and [r.split()[0] for r in rows] == ['popularity', 'kNN,', 'kNN,', 'IMECD']
+    assert kept.splitlines()[3] != masked.splitlines()[3]
     assert {p.stem for p in (run/'figures').iterdir()} == {'ranks', 'slices', 'history', 'loss', 'trust', 'perplexity', 'gates', 'lies', 'codes', 'path'}
     assert {p.stem for p in (tmp_path/'demo/figures').iterdir()} == {'long_tail', 'lengths', 'ties', 'models'}
 
