@@ -223,18 +223,20 @@ def catalogue_loss(
 # %% ../nbs/07_diffusion.ipynb #061910bb
 CONTRASTS = ('both', 'targets', 'generated', 'none')
 
-# %% ../nbs/07_diffusion.ipynb #d625bddc
+# %% ../nbs/07_diffusion.ipynb #10fd8995
 def contrastive_loss(
     x0:Tensor,          # (P, D) generated items
     items:Tensor,       # (P, D) their targets
     targets:Tensor,     # (P,) ids of the targets
     temperature:float=.1,
     against:str='both', # `targets` of others, what was `generated` for others, `both`, or `none`
+    users:Tensor|None=None, # (P,) whose rows they are; without them, every row is another user's
 )->Tensor: # (P,)
-    "InfoNCE against other users' targets and generations (Oord et al. 2018; DiQDiff); rows with the same target are no negatives."
+    "InfoNCE against other users' targets and generations (Oord et al. 2018; DiQDiff); rows of the same user or with the same target are no negatives."
     if against not in CONTRASTS: raise ImecdError(f"against={against!r}; use one of {', '.join(CONTRASTS)}")
     x, z = F.normalize(x0, dim=-1), F.normalize(items, dim=-1)
     same, own = targets[:, None] == targets, (x*z).sum(-1, keepdim=True)                      # (P, P), (P, 1)
+    if users is not None: same = same | (users[:, None] == users)
     pick = {'both': (z, x), 'targets': (z,), 'generated': (x,), 'none': ()}[against]
     others = [(x@v.T).masked_fill(same, -torch.inf) for v in pick]
     return torch.cat([own, *others], 1).div(temperature).float().logsumexp(1)-own[:, 0]/temperature

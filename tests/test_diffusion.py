@@ -197,6 +197,13 @@ def test_contrast_is_the_formula(targets, against, temperature):
     assert np.allclose(contrastive_loss(x0, table[y], y, temperature, against), brute_contrast(x0, table[y], y, temperature, against), atol=1e-4)
 
 
+def test_two_moments_of_a_user_are_no_contrast():
+    torch.manual_seed(0); x, z, y = torch.randn(4, 4), torch.randn(4, 4), torch.tensor([1, 2, 3, 4]); users = torch.tensor([7, 8, 9, 7])
+    told = contrastive_loss(x, z, y, users=users)
+    for row, others in ((0, [0, 1, 2]), (1, [1, 0, 2, 3])): assert torch.allclose(told[row], contrastive_loss(x[others], z[others], y[others])[0])
+    assert (told[[0, 3]] < contrastive_loss(x, z, y)[[0, 3]]).all() and torch.equal(told[1:3], contrastive_loss(x, z, y)[1:3])
+
+
 def test_users_with_the_same_target_are_no_contrast():
     torch.manual_seed(0); x, z, y = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([1, 2, 3, 4, 1]); z[4] = z[0]
     assert torch.allclose(contrastive_loss(x, z, y)[0], contrastive_loss(x[:4], z[:4], y[:4])[0])

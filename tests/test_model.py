@@ -22,11 +22,11 @@ from imecd.histories import Interactions, leave_one_out
 from imecd.metrics import evaluate
 from imecd.model import CHOICES, IMECD, LEAST, PRESETS, ModelConfig, Query, plot_rooms, room_table
 from imecd.ranking import best, ranks
-from imecd.towers import feature_table, mean_so_far, seen_items, unit
+from imecd.towers import feature_table, look_ahead, mean_so_far, seen_items, unit
 
 N = 30
 SMALL = dict(dim=8, experts=3, layers=1, heads=2, inner=16, length=10, codes=4, commitment=.25, steps=6)
-REST = dict(dropout=0., feature_dropout=0., denoiser_dropout=0., id_dropout=0.)  # training computes what ranking computes
+REST = dict(dropout=0., feature_dropout=0., denoiser_dropout=0., id_dropout=0., ahead=0.)  # training computes what ranking computes
 FEW = settings(deadline=None, max_examples=10)
 presets = pytest.mark.parametrize('name', PRESETS)
 
@@ -94,7 +94,7 @@ def test_a_number_that_is_too_small_names_the_least(name):
 
 
 @pytest.mark.parametrize('value', [-.01, 1.01, float('nan')])
-@pytest.mark.parametrize('name', ['feature_dropout', 'dropout', 'denoiser_dropout', 'pure', 'drop', 'id_dropout', 'guidance'])
+@pytest.mark.parametrize('name', ['feature_dropout', 'dropout', 'denoiser_dropout', 'pure', 'drop', 'ahead', 'id_dropout', 'guidance'])
 def test_a_share_lies_between_0_and_1(name, value):
     with pytest.raises(ImecdError, match='between 0 and 1'): ModelConfig(**{name: value})
 
@@ -190,8 +190,8 @@ SAYS = {  # preset -> what its name says of (model, output of a step, configurat
     'vq_sequence': lambda m, o, c: m.reader.pooled,
     'wo_cdg': lambda m, o, c: m.cdg is None and o.cdg is None and not {'generated', 'mse', 'contrast'} & set(o.parts),
     'wo_contrast': lambda m, o, c: 'contrast' not in o.parts and 'generated' in o.parts,
-    'cdm_only': lambda m, o, c: torch.allclose(o.parts['contrast'], contrastive_loss(o.cdg.x0, o.items.vectors[o.y], o.y, c.contrast_temperature, 'generated').mean(), rtol=1e-4),
-    'wo_mse': lambda m, o, c: c.w_mse == 0, 'wo_aux': lambda m, o, c: c.w_condition == 0, 'wo_cfg': lambda m, o, c: m.cdg.drop == 0,
+    'cdm_only': lambda m, o, c: torch.allclose(o.parts['contrast'], contrastive_loss(o.cdg.x0, o.items.vectors[o.y], o.y, c.contrast_temperature, 'generated', o.users).mean(), rtol=1e-4),
+    'wo_mse': lambda m, o, c: c.w_mse == 0, 'wo_aux': lambda m, o, c: c.w_condition == 0, 'wo_cfg': lambda m, o, c: m.cdg.drop == 0, 'wo_ahead': lambda m, o, c: c.ahead == 0,
     'id_only': lambda m, o, c: o.items.moe is None and m.table.has_id and o.vq is not None and o.cdg is not None,
     'text_only': lambda m, o, c: m.table.modalities == ['text'] and not m.table.has_id, 'image_only': lambda m, o, c: m.table.modalities == ['image'] and not m.table.has_id,
     'id+text': lambda m, o, c: m.table.modalities == ['text'] and m.table.has_id, 'id+image': lambda m, o, c: m.table.modalities == ['image'] and m.table.has_id,
@@ -205,7 +205,7 @@ SAYS = {  # preset -> what its name says of (model, output of a step, configurat
 def test_presets_do_what_their_name_says(name):
     if name == 'imecd': return
     c = configure(ModelConfig, SMALL | REST | PRESETS[name]); m = model_of(c); batch = asked(WALKS); out = m.loss(batch)
-    class Seen: items, parts, vq, cdg, y = out.items, out.parts, out.vq, out.cdg, batch.targets
+    class Seen: items, parts, vq, cdg, y, users = out.items, out.parts, out.vq, out.cdg, batch.targets, batch.users.repeat_interleave(batch.lengths)
     assert SAYS[name](m, Seen, c)
 
 
@@ -388,6 +388,32 @@ def test_seen_items_are_sets(histories, draw):
     batch = rows(histories); total = len(batch.items); places = torch.tensor(draw.draw(st.lists(st.integers(0, total-1), min_size=1, max_size=8)))
     flat = [set(h[:j+1]) for h in histories for j in range(len(h))]
     for row, p in zip(seen_items(batch, places), places): assert sorted(row[row != PAD].tolist()) == sorted(flat[p])
+
+
+# what comes later
+
+@FEW
+@given(st.lists(st.lists(st.integers(1, 6), min_size=2, max_size=9), min_size=1, max_size=5), st.sampled_from([0., .3, .9, 1.]), st.integers(0, 99))
+def test_looking_ahead_stays_in_the_row(histories, share, seed):
+    "A question never moves back, nor into another history; positions that were never asked are never reached."
+    batch = asked(histories); places = torch.arange(0, len(batch.items), 2); torch.manual_seed(seed); found = look_ahead(batch, places, share)
+    row = lambda x: torch.searchsorted(batch.offsets, x, right=True)
+    assert (found >= places).all() and torch.equal(row(found), row(places)) and (batch.targets[found] != PAD).all()
+    if share == 0: assert torch.equal(found, places)
+    if share == 1: assert torch.equal(found, batch.offsets[row(places)]-1)
+
+
+def test_the_share_that_looks_ahead():
+    batch = asked([[1]*200]); torch.manual_seed(0); steps = torch.stack([look_ahead(batch, torch.arange(100), .3) for _ in range(100)])-torch.arange(100)
+    for k in range(4): assert abs(float((steps >= k).float().mean())-.3**k) < .02
+
+
+def test_what_is_generated_may_come_later_and_the_condition_asks_for_the_next():
+    m, batch = model_of(config(**REST | {'ahead': 1.})), asked(WALKS); out = m.loss(batch); last = torch.tensor([h[-1] for h in WALKS for _ in h[1:]])
+    q = m.reader(m.reader.states(out.items, batch), batch)[0]; seen = seen_items(batch, torch.arange(len(batch.items)))
+    for name, x, y in (('generated', out.cdg.x0, last), ('condition', q, batch.targets)):
+        assert torch.allclose(out.parts[name], F.cross_entropy(m.score(Query(m.ask(x), seen, None))[:, 1:], y-1), rtol=1e-5)
+    assert torch.allclose(out.parts['mse'], (2-2*F.cosine_similarity(out.cdg.x0, out.items.vectors[last], dim=-1)).mean(), rtol=1e-5)
 
 
 def test_having_an_item_is_one_learned_number():
