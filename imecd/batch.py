@@ -12,10 +12,10 @@ from .core import PAD, COLOURS, CYCLE, ImecdError, label, new_axes, rng
 from .histories import Split, tie_starts
 
 # %% auto #0
-__all__ = ['Batch', 'Windows', 'cut_windows', 'Cases', 'SequenceData', 'sequence_data', 'epoch_rows', 'gather_rows', 'plot_batch',
-           'make_cases', 'gather_history', 'last_ties', 'pad_rows', 'unpad_rows', 'plot_padding']
+__all__ = ['Batch', 'Windows', 'cut_windows', 'Cases', 'SequenceData', 'ties_left', 'sequence_data', 'epoch_rows', 'gather_rows',
+           'plot_batch', 'make_cases', 'gather_history', 'last_ties', 'pad_rows', 'unpad_rows', 'plot_padding']
 
-# %% ../nbs/03a_batch.ipynb #befa7a6a
+# %% ../nbs/03a_batch.ipynb #ea15add8
 class Batch(NamedTuple):
     "Rows of histories, packed end to end."
     users: Tensor     # (R,) dense user of each row
@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     targets: Tensor   # (P,) the next item; PAD where the position is only read
     positions: Tensor # (P,) place in the row, from 0
     offsets: Tensor   # (R+1,) row r is positions offsets[r]:offsets[r+1]
+    tied: Tensor|None = None # (P,) how many targets after this one share its tie group, in this row; None where ties are unknown
 
     @property
     def lengths(self)->Tensor: return self.offsets.diff()  # (R,)
@@ -74,7 +75,7 @@ def _flat(
     positions = torch.arange(total, device=start.device) - shift[1]
     return shift[0]+positions, positions, offsets
 
-# %% ../nbs/03a_batch.ipynb #f367d7ec
+# %% ../nbs/03a_batch.ipynb #b35d259f
 @dataclass(frozen=True)
 class SequenceData:
     "A split data set, flat on the device."
@@ -83,6 +84,7 @@ class SequenceData:
     events: Tensor    # (events,) int32 dense item ids
     offsets: Tensor   # (U+1,) int64
     windows: Windows  # the rows of an epoch
+    rest: Tensor|None = None # (events,) how many events after this one share its tie group, None where ties are unknown
 
     @property
     def n_items(self)->int: return self.split.data.n_items
@@ -121,7 +123,14 @@ class SequenceData:
         ends = torch.as_tensor(self.split.train, device=self.device); counts = ends-self.offsets[:-1]
         return torch.bincount(self.events[_flat(self.offsets[:-1], counts, int(counts.sum()))[0]].long(), minlength=self.n_items+1)
 
-# %% ../nbs/03a_batch.ipynb #b02b1b58
+# %% ../nbs/03a_batch.ipynb #b2a06489
+def ties_left(
+    start:np.ndarray, # (events,) flat index of the first event of each event's tie group
+)->np.ndarray: # (events,) events of the group that come after this one
+    "What might as well have come instead of an event."
+    return start+np.bincount(start, minlength=len(start))[start]-1-np.arange(len(start))
+
+# %% ../nbs/03a_batch.ipynb #44ce7a9d
 def sequence_data(
     split:Split,    # a split data set
     length:int=50,  # L, the longest row a model reads; even, at least 2
@@ -130,7 +139,8 @@ def sequence_data(
     "Put a split data set on the device and cut its rows."
     if length < 2 or length % 2: raise ImecdError(f'length={length}: the longest row must be an even number of at least 2')
     put = lambda x: torch.as_tensor(np.ascontiguousarray(x)).to(device)
-    return SequenceData(split, length, put(split.data.events), put(split.data.offsets), cut_windows(split.data.offsets[:-1], split.train, length))
+    rest = None if split.data.ties is None else put(ties_left(tie_starts(split.data)))
+    return SequenceData(split, length, put(split.data.events), put(split.data.offsets), cut_windows(split.data.offsets[:-1], split.train, length), rest)
 
 # %% ../nbs/03a_batch.ipynb #e92fa197
 def epoch_rows(
@@ -149,7 +159,7 @@ def epoch_rows(
     rows = np.split(order, np.flatnonzero(np.diff(batch))+1)
     return [rows[i] for i in g.permutation(len(rows))] if bucketed else rows
 
-# %% ../nbs/03a_batch.ipynb #65416050
+# %% ../nbs/03a_batch.ipynb #ffca0100
 def gather_rows(
     data:SequenceData, # where the events are
     rows:np.ndarray,   # windows of this batch
@@ -158,8 +168,9 @@ def gather_rows(
     w, total = data.windows, int(data.windows.lengths[rows].sum())
     table = torch.as_tensor(np.stack([w.users[rows], w.start[rows], w.lengths[rows], w.first[rows]])).to(data.device, non_blocking=True)
     flat, positions, offsets = _flat(table[1], table[2], total)
-    first = torch.repeat_interleave(table[3], table[2], output_size=total)
-    return Batch(table[0], data.events[flat].long(), torch.where(flat >= first, data.events[flat+1], PAD).long(), positions, offsets)
+    first, count = torch.repeat_interleave(table[2:].flip(0), table[2], dim=1, output_size=total)
+    tied = None if data.rest is None else torch.minimum(data.rest[flat+1], count-1-positions)
+    return Batch(table[0], data.events[flat].long(), torch.where(flat >= first, data.events[flat+1], PAD).long(), positions, offsets, tied)
 
 # %% ../nbs/03a_batch.ipynb #30239609
 def plot_batch(

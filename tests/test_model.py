@@ -18,15 +18,15 @@ from imecd.batch import Batch, sequence_data
 from imecd.core import MODALITIES, PAD, STREAMS, ImecdError, configure
 from imecd.diffusion import contrastive_loss
 from imecd.features import Features
-from imecd.histories import Interactions, leave_one_out
+from imecd.histories import Interactions, Split, leave_one_out
 from imecd.metrics import evaluate
 from imecd.model import CHOICES, IMECD, LEAST, PRESETS, ModelConfig, Query, plot_rooms, room_table
 from imecd.ranking import best, ranks
-from imecd.towers import feature_table, look_ahead, mean_so_far, seen_items, unit
+from imecd.towers import any_tied, feature_table, mean_so_far, seen_items, unit
 
 N = 30
 SMALL = dict(dim=8, experts=3, layers=1, heads=2, inner=16, length=10, codes=4, commitment=.25, steps=6)
-REST = dict(dropout=0., feature_dropout=0., denoiser_dropout=0., id_dropout=0., ahead=0.)  # training computes what ranking computes
+REST = dict(dropout=0., feature_dropout=0., denoiser_dropout=0., id_dropout=0.)  # training computes what ranking computes
 FEW = settings(deadline=None, max_examples=10)
 presets = pytest.mark.parametrize('name', PRESETS)
 
@@ -94,7 +94,7 @@ def test_a_number_that_is_too_small_names_the_least(name):
 
 
 @pytest.mark.parametrize('value', [-.01, 1.01, float('nan')])
-@pytest.mark.parametrize('name', ['feature_dropout', 'dropout', 'denoiser_dropout', 'pure', 'drop', 'ahead', 'id_dropout', 'guidance'])
+@pytest.mark.parametrize('name', ['feature_dropout', 'dropout', 'denoiser_dropout', 'pure', 'drop', 'id_dropout', 'guidance'])
 def test_a_share_lies_between_0_and_1(name, value):
     with pytest.raises(ImecdError, match='between 0 and 1'): ModelConfig(**{name: value})
 
@@ -191,7 +191,7 @@ SAYS = {  # preset -> what its name says of (model, output of a step, configurat
     'wo_cdg': lambda m, o, c: m.cdg is None and o.cdg is None and not {'generated', 'mse', 'contrast'} & set(o.parts),
     'wo_contrast': lambda m, o, c: 'contrast' not in o.parts and 'generated' in o.parts,
     'cdm_only': lambda m, o, c: torch.allclose(o.parts['contrast'], contrastive_loss(o.cdg.x0, o.items.vectors[o.y], o.y, c.contrast_temperature, 'generated', o.users).mean(), rtol=1e-4),
-    'wo_mse': lambda m, o, c: c.w_mse == 0, 'wo_aux': lambda m, o, c: c.w_condition == 0, 'wo_cfg': lambda m, o, c: m.cdg.drop == 0, 'wo_ahead': lambda m, o, c: c.ahead == 0,
+    'wo_mse': lambda m, o, c: c.w_mse == 0, 'wo_aux': lambda m, o, c: c.w_condition == 0, 'wo_cfg': lambda m, o, c: m.cdg.drop == 0, 'wo_ties': lambda m, o, c: not c.ties,
     'id_only': lambda m, o, c: o.items.moe is None and m.table.has_id and o.vq is not None and o.cdg is not None,
     'text_only': lambda m, o, c: m.table.modalities == ['text'] and not m.table.has_id, 'image_only': lambda m, o, c: m.table.modalities == ['image'] and not m.table.has_id,
     'id+text': lambda m, o, c: m.table.modalities == ['text'] and m.table.has_id, 'id+image': lambda m, o, c: m.table.modalities == ['image'] and m.table.has_id,
@@ -390,30 +390,41 @@ def test_seen_items_are_sets(histories, draw):
     for row, p in zip(seen_items(batch, places), places): assert sorted(row[row != PAD].tolist()) == sorted(flat[p])
 
 
-# what comes later
+# what might as well have come next
 
 @FEW
-@given(st.lists(st.lists(st.integers(1, 6), min_size=2, max_size=9), min_size=1, max_size=5), st.sampled_from([0., .3, .9, 1.]), st.integers(0, 99))
-def test_looking_ahead_stays_in_the_row(histories, share, seed):
-    "A question never moves back, nor into another history; positions that were never asked are never reached."
-    batch = asked(histories); places = torch.arange(0, len(batch.items), 2); torch.manual_seed(seed); found = look_ahead(batch, places, share)
-    row = lambda x: torch.searchsorted(batch.offsets, x, right=True)
-    assert (found >= places).all() and torch.equal(row(found), row(places)) and (batch.targets[found] != PAD).all()
-    if share == 0: assert torch.equal(found, places)
-    if share == 1: assert torch.equal(found, batch.offsets[row(places)]-1)
+@given(st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=9), min_size=1, max_size=5), st.integers(2, 4), st.data())
+def test_any_tied_draws_from_the_rest_of_the_group(histories, size, draw):
+    "Days of any sizes: the drawn target is of the same user and day, is trained on, and is not before the next one."
+    days = [sorted(draw.draw(st.lists(st.integers(1, 4), min_size=len(h), max_size=len(h)))) for h in histories]
+    table = Interactions(np.array([f'u{i}' for i in range(len(histories))], object), pl.DataFrame({'item': [f'i{i}' for i in range(9)]}), np.concatenate(histories).astype(np.int32),
+                         np.cumsum([0, *map(len, histories)]), None, np.concatenate(days).astype(np.int64))
+    data = sequence_data(Split(table, np.cumsum([*map(len, histories)]), np.full(len(histories), -1), np.full(len(histories), -1), 'time'), 2*size)
+    for batch in data.epoch(0, 0, 5):
+        places = torch.arange(len(batch.items))[batch.targets != PAD]; found = any_tied(batch, places); row = torch.searchsorted(batch.offsets, places, right=True)-1
+        assert (found >= places).all() and torch.equal(torch.searchsorted(batch.offsets, found, right=True)-1, row) and (batch.targets[found] != PAD).all()
+        for r, a, b in zip(row, places, found):
+            h, d = histories[batch.users[r]], days[batch.users[r]]; own = batch.items[batch.offsets[r]:batch.offsets[r+1]].tolist()
+            starts = [k for k in range(len(h)-len(own)) if h[k:k+len(own)] == own]; step, at = int(b-a), int(a-batch.offsets[r])
+            assert any(d[k+at+1] == d[k+at+1+step] and h[k+at+1+step] == batch.targets[b] for k in starts)
 
 
-def test_the_share_that_looks_ahead():
-    batch = asked([[1]*200]); torch.manual_seed(0); steps = torch.stack([look_ahead(batch, torch.arange(100), .3) for _ in range(100)])-torch.arange(100)
-    for k in range(4): assert abs(float((steps >= k).float().mean())-.3**k) < .02
+def test_without_ties_nothing_is_drawn():
+    batch = asked(WALKS); places = torch.arange(len(batch.items))
+    assert torch.equal(any_tied(batch, places), places) and torch.equal(any_tied(batch._replace(tied=torch.zeros_like(batch.items)), places), places)
+    torch.manual_seed(0); drawn = any_tied(batch._replace(tied=batch.lengths.repeat_interleave(batch.lengths)-1-batch.positions), places)
+    assert len(set((drawn-places).tolist())) > 2
 
 
-def test_what_is_generated_may_come_later_and_the_condition_asks_for_the_next():
-    m, batch = model_of(config(**REST | {'ahead': 1.})), asked(WALKS); out = m.loss(batch); last = torch.tensor([h[-1] for h in WALKS for _ in h[1:]])
-    q = m.reader(m.reader.states(out.items, batch), batch)[0]; seen = seen_items(batch, torch.arange(len(batch.items)))
-    for name, x, y in (('generated', out.cdg.x0, last), ('condition', q, batch.targets)):
-        assert torch.allclose(out.parts[name], F.cross_entropy(m.score(Query(m.ask(x), seen, None))[:, 1:], y-1), rtol=1e-5)
-    assert torch.allclose(out.parts['mse'], (2-2*F.cosine_similarity(out.cdg.x0, out.items.vectors[last], dim=-1)).mean(), rtol=1e-5)
+def test_what_is_generated_may_be_any_of_the_day_and_the_condition_asks_for_the_next():
+    m, batch = model_of(config(**REST)), asked(WALKS); batch = batch._replace(tied=batch.lengths.repeat_interleave(batch.lengths)-1-batch.positions)
+    torch.manual_seed(3); places = any_tied(batch, torch.arange(len(batch.items))); torch.manual_seed(3); out = m.loss(batch); y = batch.targets[places]
+    q = m.reader(m.reader.states(out.items, batch), batch)[0]; seen = seen_items(batch, torch.arange(len(batch.items))); assert not torch.equal(y, batch.targets)
+    for name, x, asks in (('generated', out.cdg.x0, y), ('condition', q, batch.targets)):
+        assert torch.allclose(out.parts[name], F.cross_entropy(m.score(Query(m.ask(x), seen, None))[:, 1:], asks-1), rtol=1e-5)
+    assert torch.allclose(out.parts['mse'], (2-2*F.cosine_similarity(out.cdg.x0, out.items.vectors[y], dim=-1)).mean(), rtol=1e-5)
+    torch.manual_seed(3); first = model_of(config(ties=False, **REST)).loss(batch)
+    assert not torch.allclose(first.parts['generated'], out.parts['generated']) and torch.allclose(first.parts['condition'], out.parts['condition'], rtol=1e-6)
 
 
 def test_having_an_item_is_one_learned_number():
