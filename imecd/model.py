@@ -18,7 +18,7 @@ from .towers import Items, ItemTower, Stored, UserTower, any_tied, pack_historie
 
 # %% auto #0
 __all__ = ['CHOICES', 'LEAST', 'PRESETS', 'ROOMS', 'ItemConfig', 'HistoryConfig', 'AnswerConfig', 'ModelConfig', 'check',
-           'Output', 'Query', 'Scorer', 'Generator', 'IMECD', 'room_table', 'plot_rooms', 'plot_terms']
+           'Output', 'Query', 'Scorer', 'Generator', 'IMECD', 'room_table', 'plot_rooms']
 
 # %% ../nbs/08_model.ipynb #57537a19
 @dataclass(frozen=True)
@@ -95,13 +95,15 @@ class ModelConfig(AnswerConfig, HistoryConfig, ItemConfig):
     seed:int=0                  # of the start and of the noise
     def __post_init__(self): check(self)
 
-# %% ../nbs/08_model.ipynb #874e849f
+# %% ../nbs/08_model.ipynb #4c9cfdb1
 CHOICES = dict(gate=GATES, norm=('pre', 'post'), vq=('own', 'shared', 'none'), vq_on=('state', 'sequence'), learn=('ema', 'gradient'),
                item=('concat', 'sum'), score=('cosine', 'dot'), head=('diffusion', 'direct'), schedule=SCHEDULES, contrast=CONTRASTS)
+
+# %% ../nbs/08_model.ipynb #a964d438
 LEAST = dict(dim=2, experts=1, top_k=0, layers=1, heads=1, inner=1, length=2, codes=1, levels=1, revive=1, commitment=0, scale=0, steps=1, sample_steps=1,
              samples=1, cold_below=0, chunk=0, seed=0, w_generated=0, w_condition=0, w_mse=0, w_contrast=0, w_vq=0, w_balance=0, w_pseudo=0)
 
-# %% ../nbs/08_model.ipynb #8f2203a5
+# %% ../nbs/08_model.ipynb #228e7e4e
 def check(
     c:ModelConfig, # what to judge
 )->None:
@@ -128,7 +130,9 @@ def check(
     if c.head == 'diffusion' and not c.w_generated and not c.w_mse:
         raise bad('w_generated=0 and w_mse=0: nothing would teach the denoiser; set one, or head="direct"')
     if c.scale and not c.drop: raise bad(f'scale={c.scale} with drop=0: guidance needs a model that has seen no condition; set drop to .1')
-    if not (c.temperature > 0 and c.contrast_temperature > 0): raise bad('temperature and contrast_temperature must be above 0')
+    if not (c.temperature >= .01 and c.contrast_temperature > 0): raise bad('temperature must be at least .01, contrast_temperature above 0')
+    if not c.replace and not 0 < c.guidance < 1: raise bad(f'guidance={c.guidance}: must be between 0 and 1, without them; for the code alone set replace=True')
+    if c.drop == 1: raise bad('drop=1: no history would ever be read; set it below 1, e.g. to .1')
 
 # %% ../nbs/08_model.ipynb #585b3b01
 PRESETS = {
@@ -164,7 +168,7 @@ class Query:
     def __getitem__(self, rows): return Query(*(None if x is None else x[rows] for x in (self.vectors, self.seen, self.codes)))
     def __len__(self)->int: return len(self.vectors)
 
-# %% ../nbs/08_model.ipynb #f187d8af
+# %% ../nbs/08_model.ipynb #26286d64
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
     def __init__(self,
@@ -185,30 +189,38 @@ class Scorer(Stored):
 
     def ask(self, q:Tensor)->Tensor:  # (P, D_x)
         "A query as the score wants it: for `cosine` of length 1/temperature."
-        return q if self.log_scale is None else unit(q)*self.log_scale.clamp(max=4.6).exp()
+        return q if self.log_scale is None else unit(q)*self.log_scale.clamp(max=4.606).exp()
 
-    @torch.no_grad()
     def items(self)->Items:
         "The item table, computed once for unchanged parameters."
-        key = (id(self), self.training, self.bias.device, *(p._version for p in self.table.parameters()))
-        if self.cache is None or self.cache[0] != key: self.cache = key, self.table()
+        return self.remember()[0]
+
+    @torch.no_grad()
+    def remember(self)->tuple[Items, Tensor, Tensor]:  # items; the V different vectors (V, D_x); (N+1,) which of them each item has
+        "What ranking needs of the items; computed once for an unchanged model, mode and precision."
+        d = self.bias.device; kind = torch.get_autocast_dtype(d.type) if torch.is_autocast_enabled(d.type) else None
+        key = (id(self), self.training, d, kind, *(x._version for x in (*self.table.parameters(), *self.table.buffers())))
+        if self.cache is None or self.cache[0] != key: items = self.table(); self.cache = key, (items, *items.vectors.unique(dim=0, return_inverse=True))
         return self.cache[1]
 
     def score(self, query:Query)->Tensor:  # (R, N+1)
-        "Scores of all items; items with equal vectors tie exactly."
-        z = self.items().vectors; different, group = z.unique(dim=0, return_inverse=True)
-        s = (query.vectors@z.T if len(different) == len(z) else (query.vectors@different.T)[:, group]).float()
+        "Scores of all items, PAD below all; items with equal vectors tie exactly."
+        items, different, group = self.remember(); z = items.vectors
+        s = (query.vectors@z.T if len(different) == len(z) else (query.vectors@different.T)[:, group]).float(); s[:, PAD] = -torch.inf
         if self.again is None: return s
         r, k = (query.seen != PAD).nonzero(as_tuple=True)
         return s.index_put((r, query.seen[r, k]), self.repeat.expand(len(r)), accumulate=True)
 
-# %% ../nbs/08_model.ipynb #795aab3f
+# %% ../nbs/08_model.ipynb #8b7986d0
 class Generator(Scorer):
     "What a history asks for, and the vector that is generated from it."
     def __init__(self, config:ModelConfig, n_items:int, features:Features|None=None, counts:Tensor|None=None):
         super().__init__(config, n_items, features, torch.ones(n_items+1, dtype=torch.long) if counts is None else counts.cpu())
         c, width, self.cdg = config, self.reader.fuse.out_features, None; top = 4*information_limit(n_items, width)
         if c.head == 'diffusion': self.cdg = ContrastiveDiffusion(width, c.steps, c.schedule, top, c.pure, c.drop, dropout=c.denoiser_dropout)
+
+    @property
+    def staged(self)->bool: return self.cdg is not None or self.reader.vq is not None  # some of it waits for a warm-up
 
     def condition(self, batch:Batch)->tuple[Tensor, Tensor|None]:  # (R, D_x), (R, S)
         "What each history asks for, and the codes it is read as, at rest."
@@ -237,7 +249,7 @@ class Generator(Scorer):
         if self.reader.vq is None: return
         mode = self.training; self.eval(); self.reader.place_codes(self.items(), data.epoch(seed, 0, bucketed=False), 40*self.config.codes); self.train(mode)
 
-# %% ../nbs/08_model.ipynb #fcf914d0
+# %% ../nbs/08_model.ipynb #30d4fa56
 class IMECD(Generator):
     "ID-guided multimodal experts with contrastive diffusion: all losses, summed here and nowhere else."
     config_class = ModelConfig
@@ -250,9 +262,12 @@ class IMECD(Generator):
 
     def loss(self, batch:Batch, warmup:bool=False)->Output:
         "Every term, with its weight; in `warmup` the condition answers alone."
-        rows = batch.targets != PAD; y = batch.targets[rows]; items = self.table(y.unique())
-        if self.training and self.reader.vq is not None and self.reader.vq.ready: self.reader.learn_codes(items, batch)
-        q, vq = self.reader(self.reader.states(items, batch), batch); q, users = q[rows], batch.users.repeat_interleave(batch.lengths, output_size=len(rows))[rows]
+        rows = batch.targets != PAD; y = batch.targets[rows]
+        if not len(y): raise ImecdError('this batch asks nothing: all its targets are PAD; give it at least one')
+        items = self.table(y.unique())
+        rest = self.reader.learn_codes(items, batch) if self.training and self.reader.vq is not None and self.reader.vq.ready else None
+        q, vq = self.reader(self.reader.states(items, batch), batch); vq = vq if rest is None else vq._replace(lost=rest.lost)
+        q, users = q[rows], batch.users.repeat_interleave(batch.lengths, output_size=len(rows))[rows]
         asked = rows.nonzero()[:, 0]; seen = None if self.again is None else seen_items(batch, asked)
         term = lambda x, y: catalogue_loss(self.ask(x), items.vectors, y, self.bias, self.config.chunk, seen, self.repeat).mean()
         parts, cdg = {'condition': term(q, y)}, None
@@ -299,15 +314,3 @@ def plot_rooms(
     title, x = {'parameters': ('Where the parameters are', 'parameters (log scale)'),
                 'gradient': ('Every room is taught', 'norm of the gradient (log scale)')}[what]
     return label(ax, title, x, 'room')
-
-# %% ../nbs/08_model.ipynb #6008979d
-def plot_terms(
-    rows:list[dict], # a row an epoch: `epoch`, and terms of the loss by name
-    ax=None,         # axis to draw on
-): # the axis
-    "The terms of the loss by epoch, without their weights; a term that is zero is left out."
-    ax = new_axes(ax, figsize=(7, 2.6)); names = [k for k in rows[-1] if hasattr(ModelConfig, f'w_{k}') and rows[-1][k] > 0]
-    for name, colour in zip(names, CYCLE):
-        at = [(r['epoch'], r[name]) for r in rows if name in r]; ax.plot(*zip(*at), 'o-', ms=3, color=colour, label=name)
-    ax.set_ylim(0); ax.legend(loc='upper left', bbox_to_anchor=(1, 1)); ax.xaxis.get_major_locator().set_params(integer=True)
-    return label(ax, 'The cross-entropies fall together', 'epoch', 'value, without its weight')

@@ -176,11 +176,11 @@ def check(
     if not 0 <= top_k <= experts: raise ImecdError(f'top_k={top_k}; with {experts} experts it must be between 0 (all) and {experts}')
     if noisy and not top_k: raise ImecdError('noisy=True with top_k=0; noise is for the choice of experts: set top_k, or leave noisy off')
 
-# %% ../nbs/04_moe.ipynb #0b7cfab2
+# %% ../nbs/04_moe.ipynb #d6f77df5
 class MoEOut(NamedTuple):
     "What the room says of every item; row 0 is PAD."
     content: Tensor # (M, N+1, D) length = trust: what the experts took; zero where the modality is missing
-    read: Tensor    # (M, N+1, D) the same, with a learned vector of length one where the modality is missing
+    read: Tensor    # (M, N+1, D) the same, plus a learned vector of length 1 - trust: of length one where the modality is missing
     gates: Tensor   # (N+1, M, E) weight of each expert
     trust: Tensor   # (N+1, M) between 0 and 1
     balance: Tensor # () load-balance loss, 0 without `top_k`

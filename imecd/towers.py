@@ -59,7 +59,7 @@ def feature_table(
         raise ImecdError(f"streams={streams!r} needs features of {name}, which this data set does not offer; leave {name} out or make them")
     return torch.as_tensor(getattr(features, name)).float()
 
-# %% ../nbs/07b_towers.ipynb #06f3710d
+# %% ../nbs/07b_towers.ipynb #f9f22ccb
 class ItemTower(nn.Module):
     "IDs, features and the ID-MoE: what every item is, for histories and candidates alike."
     def __init__(self,
@@ -75,7 +75,7 @@ class ItemTower(nn.Module):
         self.register_buffer('present', present[:, [MODALITIES.index(m) for m in self.modalities]].bool(), persistent=False)  # (N+1, M)
         self.register_buffer('warm', counts >= c.cold_below)                                        # (N+1,) uses its own ID
         used = self.has_id or c.gate not in ('self', *FIXED)                                        # by a stream, or by a gate
-        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*.02, requires_grad=used); self.ids.data[PAD] = 0; self.moe = self.pseudo = None
+        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*(.02 if c.score == 'cosine' else c.dim**-.5), requires_grad=used); self.ids.data[PAD] = 0; self.moe = self.pseudo = None
         if not self.modalities: return
         kw = dict(gate=c.gate, top_k=c.top_k, noisy=c.noisy, raw=c.raw, residual=c.residual, dropout=c.feature_dropout, seed=c.seed)
         self.moe = IDMoE(self.features, self.present, self.warm & (counts > 0), c.dim, c.experts, **kw)
@@ -114,7 +114,7 @@ def mean_so_far(
     place = torch.arange(h.shape[1], device=h.device); start = place-batch.positions
     return ((total[:, 1:]-total[:, start])/(batch.positions+1)[:, None]).to(h.dtype)
 
-# %% ../nbs/07b_towers.ipynb #07013295
+# %% ../nbs/07b_towers.ipynb #13126464
 class UserTower(nn.Module):
     "Encoder and MS-VQ: what every position of a history asks for."
     def __init__(self,
@@ -147,17 +147,18 @@ class UserTower(nn.Module):
         self.vq.initialise(torch.cat(found, 1))
 
     @torch.no_grad()
-    def learn_codes(self, items:Items, batch:Batch)->None:
-        "Codes follow the states of an encoder at rest, without its dropout."
+    def learn_codes(self, items:Items, batch:Batch)->VQOut:
+        "Codes follow the states of an encoder at rest, without its dropout; how well they describe them."
         self.encoder.eval(); h = self.states(items, batch); self.encoder.train(self.training)
-        self.vq.train(); self.vq(self.coded(h, batch)); self.vq.eval()
+        self.vq.train(); out = self.vq(self.coded(h, batch)); self.vq.eval()
+        torch.clear_autocast_cache(); return out  # weights that were cast without a gradient here are not to be used with one (as torch 2.6 would)
 
     def forward(self, h:Tensor, batch:Batch)->tuple[Tensor, VQOut|None]:  # (S, P, D) -> (P, D_x)
         out = None
         if self.vq is not None: s = self.coded(h, batch); out = self.vq(s); h = h+(out.quantised-s)
         return self.fuse(torch.cat(list(h), -1)), out
 
-# %% ../nbs/07b_towers.ipynb #b9ba4a49
+# %% ../nbs/07b_towers.ipynb #7ba0acb1
 def pack_histories(
     histories:list,         # R lists of dense item ids, oldest first
     length:int,             # L, how many of the last items are read
@@ -172,7 +173,7 @@ def pack_histories(
         if (bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]):
             raise ImecdError(f"history {r}: {bad[0]!r} is no item; ids go from 1 to {n_items}, in the order of the data set's items")
     rows = [torch.as_tensor(h[-length:], dtype=torch.long) for h in histories]; items, n = torch.cat(rows), torch.tensor([len(h) for h in rows])
-    users = torch.arange(len(rows)) if users is None else users
+    users = torch.zeros(len(rows), dtype=torch.long) if users is None else users  # alone or in company, a history gets one answer
     return Batch(users, items, torch.full_like(items, PAD), torch.cat([torch.arange(k) for k in n]), torch.cat([n.new_zeros(1), n.cumsum(0)]))
 
 # %% ../nbs/07b_towers.ipynb #d3b06e4f

@@ -141,13 +141,13 @@ def own_randomness(
     "Inside, torch's global generators may be seeded at will; afterwards they are as they were."
     with torch.random.fork_rng([device] if device.type == 'cuda' else []): yield
 
-# %% ../nbs/10_train.ipynb #c0d38adf
+# %% ../nbs/10_train.ipynb #1b5de416
 def line(
     row:dict, # of one epoch
 )->str:
     "What a person reads of an epoch: loss, validation, the health of the rooms."
     rooms = [f'trust {m} {row[f"trust {m}"]:.2f}' for m in MODALITIES if row.get(f'trust {m}') is not None]
-    codes = [f'codes {s} {row[f"perplexity {s}"]:.0f} ({row[f"dead {s}"]:.0f} dead, {row[f"lost {s}"]:.0%} lost)' for s in STREAMS if row.get(f'perplexity {s}') is not None]
+    codes = [f'codes {s} {row[f"perplexity {s}"]:.0f} ({row[f"usage {s}"]:.0%} used, {row[f"dead {s}"]:.0f} dead, {row[f"lost {s}"]:.0%} lost)' for s in STREAMS if row.get(f'perplexity {s}') is not None]
     return ', '.join([f"loss {row['loss']:.4g}", f"ndcg@10 {row['valid ndcg@10']:.4f}", *rooms, *codes])
 
 # %% ../nbs/10_train.ipynb #2582ba97
@@ -165,7 +165,7 @@ def refuse_empty(
     if not len(data.cases('valid').users): raise ImecdError('nobody has a validation target in this split, so no epoch can be chosen; use a split that leaves one out')
     if not data.n_targets: raise ImecdError('nobody has two training events in this split, so nothing can be learnt; use another split or more data')
 
-# %% ../nbs/10_train.ipynb #71a157f4
+# %% ../nbs/10_train.ipynb #8db3748a
 def fit(
     model:IMECD,            # is changed; ends at rest, with the parameters and codes of its best epoch
     data:SequenceData,      # training histories and validation questions
@@ -180,7 +180,7 @@ def fit(
     with own_randomness(data.device), progress(range(c.epochs), 'training', 'epoch') as bar:
         for epoch in bar:
             start = time.time(); torch.manual_seed(int(rng(c.seed, 'training', epoch).integers(2**63)))
-            if epoch == c.warmup: model.place_codes(data, c.seed)
+            if epoch == c.warmup: model.place_codes(data, c.seed); best = (-1., epoch, None) if model.staged else best  # an unfinished model does not compete
             row = {'epoch': epoch, **train_epoch(model, data.epoch(c.seed, epoch, c.targets), optimiser, c, epoch)}
             with wear(model, mean.parameters()):
                 r, codes = validate(model, data, cases)
@@ -188,7 +188,7 @@ def fit(
                 if row[name] > best[0]: best = row[name], epoch, {k: v.clone() for k, v in model.state_dict().items()}
                 if callback: callback(epoch, row, model)
             rows.append(row); bar.set_postfix_str(line(row))
-            if epoch-best[1] >= c.patience: break
+            if epoch >= c.warmup and epoch-best[1] >= c.patience: break
     model.load_state_dict(best[2]); model.eval()
     kept = [s for s in STREAMS if f'perplexity {s}' in rows[best[1]]]
     warn_collapse([{'perplexity': rows[best[1]][f'perplexity {s}']} for s in kept], model.config.codes, kept)

@@ -11,6 +11,7 @@ import torch
 
 from imecd.batch import sequence_data
 from imecd.core import ImecdError, configure
+from imecd import train
 from imecd.features import Features
 from imecd.histories import Interactions, leave_one_out
 from imecd.metrics import evaluate, ndcg
@@ -66,7 +67,7 @@ def test_unknown_settings_name_the_closest():
 def test_the_best_epoch_is_kept(trained, data):
     "Parameters, codes and all: the restored model scores what the history says of its best epoch."
     m, h = trained; column = f'valid ndcg@{RUN.metric_k}'
-    assert not m.training and h.best == h.table[column].arg_max() and ndcg_of(m, data) == pytest.approx(h.table[column][h.best], abs=1e-12)
+    assert not m.training and h.best == RUN.warmup+h.table[column][RUN.warmup:].arg_max() and ndcg_of(m, data) == pytest.approx(h.table[column][h.best], abs=1e-12)
 
 
 @pytest.mark.parametrize('epochs, warmup', [(1, 1), (2, 2), (3, 3), (3, 2)])
@@ -96,6 +97,15 @@ def test_codes_are_placed_without_a_warm_up(data, features):
 def test_it_learns(trained, data, features):
     "The ring is found; the loss falls."
     m, h = trained; assert h.table['condition'][-1] < h.table['condition'][0]-.5 and ndcg_of(m, data) > 2*ndcg_of(model_of(data, features), data)
+
+
+@pytest.mark.parametrize('name, kept', [('imecd', 2), ('wo_cdg', 2), ('sasrec', 0)])
+def test_an_unfinished_model_does_not_compete(name, kept, data, features, monkeypatch):
+    "However well the condition alone did in the warm-up, what has codes or a diffusion head is kept from after it."
+    falling = iter(range(100, 0, -1))
+    monkeypatch.setattr(train, 'ndcg', lambda r, k: torch.full((2,), float(next(falling))))
+    m = model_of(data, features, name); h = quietly(m, data, replace(RUN, epochs=9, patience=1, warmup=2))
+    assert h.best == kept and len(h.table) == kept+2+(name == 'sasrec')
 
 
 def test_patience_stops(data, features):
