@@ -59,7 +59,7 @@ class HistoryConfig:
     revive:int=5                # steps below a tenth of the fair share before a code is placed anew
     levels:int=1                # residual levels
 
-# %% ../nbs/08_model.ipynb #b46259c1
+# %% ../nbs/08_model.ipynb #5ff0e734
 @dataclass(frozen=True)
 class AnswerConfig:
     "How an answer is made and scored."
@@ -69,7 +69,7 @@ class AnswerConfig:
     head:str='diffusion'        # or `direct`: the condition is the query
     schedule:str='snr'          # of the noise
     steps:int=32                # T
-    denoiser_dropout:float=.2   # in the denoiser
+    denoiser_dropout:float=.5   # in the denoiser
     pure:float=.3               # share of training rows that start from pure noise
     drop:float=.1               # share of conditions dropped in training
     ties:bool=True              # where the order inside a day is an accident, generate any item of it
@@ -79,14 +79,14 @@ class AnswerConfig:
     samples:int=1               # averaged
     scale:float=0.              # w of classifier-free guidance
 
-# %% ../nbs/08_model.ipynb #fe1e1938
+# %% ../nbs/08_model.ipynb #299f7259
 @dataclass(frozen=True)
 class ModelConfig(AnswerConfig, HistoryConfig, ItemConfig):
     "Every switch of the model; equal configurations and seeds give equal models."
     w_generated:float=1.        # weights of the losses: the generated vector asked
     w_condition:float=1.        # the condition asked directly
     w_mse:float=.1              # its distance to the target
-    w_contrast:float=.1         # kept apart from others
+    w_contrast:float=.02        # kept apart from others
     w_vq:float=1.               # states drawn to their codes
     w_balance:float=.01         # experts used alike (with top_k)
     w_pseudo:float=.1           # pseudo-IDs like IDs
