@@ -37,7 +37,7 @@ class ItemConfig:
     id_dropout:float=.1         # share of items whose ID is replaced by its pseudo-ID in a step
     cold_below:int=1            # an item with fewer training events uses its pseudo-ID
 
-# %% ../nbs/08_model.ipynb #056668f7
+# %% ../nbs/08_model.ipynb #d534e3d7
 @dataclass(frozen=True)
 class HistoryConfig:
     "How a history is read."
@@ -51,7 +51,7 @@ class HistoryConfig:
     codes:int=64                # C
     vq_on:str='state'           # or `sequence`: the mean state so far
     replace:bool=False          # the code instead of the state
-    guidance:float=.1           # initial share of the code
+    guidance:float=.02          # initial share of the code, learned
     learn:str='ema'             # codes follow their members, or learn by `gradient`
     rotation:bool=False         # gradient through the codes by the rotation trick
     commitment:float=0.         # how strongly states are drawn to their codes; codes that learn by gradient need some
@@ -59,7 +59,7 @@ class HistoryConfig:
     revive:int=5                # steps below a tenth of the fair share before a code is placed anew
     levels:int=1                # residual levels
 
-# %% ../nbs/08_model.ipynb #5ff0e734
+# %% ../nbs/08_model.ipynb #5612f5c7
 @dataclass(frozen=True)
 class AnswerConfig:
     "How an answer is made and scored."
@@ -72,7 +72,7 @@ class AnswerConfig:
     denoiser_dropout:float=.5   # in the denoiser
     pure:float=.3               # share of training rows that start from pure noise
     drop:float=.1               # share of conditions dropped in training
-    ties:bool=True              # where the order inside a day is an accident, generate any item of it
+    ties:bool=True              # where the order inside a day is an accident, ask for any item of it
     contrast:str='both'         # negatives
     contrast_temperature:float=.1
     sample_steps:int=1          # S of sampling
@@ -249,7 +249,7 @@ class Generator(Scorer):
         if self.reader.vq is None: return
         mode = self.training; self.eval(); self.reader.place_codes(self.items(), data.epoch(seed, 0, bucketed=False), 40*self.config.codes); self.train(mode)
 
-# %% ../nbs/08_model.ipynb #30d4fa56
+# %% ../nbs/08_model.ipynb #7e65731a
 class IMECD(Generator):
     "ID-guided multimodal experts with contrastive diffusion: all losses, summed here and nowhere else."
     config_class = ModelConfig
@@ -262,26 +262,23 @@ class IMECD(Generator):
 
     def loss(self, batch:Batch, warmup:bool=False)->Output:
         "Every term, with its weight; in `warmup` the condition answers alone."
-        rows = batch.targets != PAD; y = batch.targets[rows]
+        asked = batch.targets.nonzero()[:, 0]; y = batch.targets[any_tied(batch, asked) if self.config.ties else asked]
         if not len(y): raise ImecdError('this batch asks nothing: all its targets are PAD; give it at least one')
-        items = self.table(y.unique())
-        rest = self.reader.learn_codes(items, batch) if self.training and self.reader.vq is not None and self.reader.vq.ready else None
+        items = self.table(y.unique()); rest = self.reader.learn_codes(items, batch) if self.training and self.reader.vq is not None and self.reader.vq.ready else None
         q, vq = self.reader(self.reader.states(items, batch), batch); vq = vq if rest is None else vq._replace(lost=rest.lost)
-        q, users = q[rows], batch.users.repeat_interleave(batch.lengths, output_size=len(rows))[rows]
-        asked = rows.nonzero()[:, 0]; seen = None if self.again is None else seen_items(batch, asked)
-        term = lambda x, y: catalogue_loss(self.ask(x), items.vectors, y, self.bias, self.config.chunk, seen, self.repeat).mean()
-        parts, cdg = {'condition': term(q, y)}, None
+        q, users = q[asked], batch.users.repeat_interleave(batch.lengths, output_size=len(q))[asked]; seen = None if self.again is None else seen_items(batch, asked)
+        term = lambda x: catalogue_loss(self.ask(x), items.vectors, y, self.bias, self.config.chunk, seen, self.repeat).mean()
+        parts, cdg = {'condition': term(q)}, None
         if items.moe is not None: parts |= {'balance': items.moe.balance} | ({} if items.pseudo is None else {'pseudo': items.pseudo})
         if vq is not None: parts['vq'] = vq.loss
-        if self.cdg is not None and not warmup:
-            y = batch.targets[any_tied(batch, asked) if self.config.ties else asked]; cdg = self.cdg(q, items.vectors[y]); parts |= self.generate_terms(cdg, q, items, y, users, term)
+        if self.cdg is not None and not warmup: cdg = self.cdg(q, items.vectors[y]); parts |= self.generate_terms(cdg, q, items, y, users, term)
         weight = lambda name: 1. if name == 'condition' and cdg is None else getattr(self.config, f'w_{name}')
         return Output(sum(weight(name)*x for name, x in parts.items()), parts, items, vq, cdg)
 
     def generate_terms(self, cdg:CDGOut, q:Tensor, items:Items, y:Tensor, users:Tensor, term)->dict[str, Tensor]:
         "What the generated vectors are taught: the target among all items, its vector, and not to be another user's."
         c, z, x0 = self.config, items.vectors[y], cdg.x0
-        parts = {'generated': term(self.lengthen(x0, q), y), 'mse': (2-2*torch.cosine_similarity(x0, z.detach(), dim=-1)).mean()}
+        parts = {'generated': term(self.lengthen(x0, q)), 'mse': (2-2*torch.cosine_similarity(x0, z.detach(), dim=-1)).mean()}
         if c.contrast == 'none': return parts
         some = torch.randperm(len(y), device=y.device)[:1024]
         return parts | {'contrast': contrastive_loss(x0[some], z[some], y[some], c.contrast_temperature, c.contrast, users[some]).mean()}
