@@ -1,0 +1,162 @@
+"Checkpoints: whole or not at all, of this training or refused; a training that is killed ends where it would have ended."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from imecd.checkpoints import clear_parts, load_checkpoint, must_agree, save_checkpoint
+from imecd.core import ImecdError, configure
+from imecd.encode import load_features
+from imecd.batch import sequence_data
+from imecd.histories import leave_one_out, load_interactions
+from imecd.model import IMECD, PRESETS, ModelConfig
+from imecd.shop import make_shop
+from imecd.train import TrainConfig, fit
+
+SMALL = dict(streams='id+text', dim=16, layers=1, inner=32, codes=8, length=20)
+RUN = TrainConfig(epochs=20, patience=50, targets=512, warmup=1)
+PROGRAM = '''
+import sys
+from pathlib import Path
+from test_checkpoints import model_of, opened, RUN
+from imecd.train import fit
+data, features = opened(Path(sys.argv[1]))
+print('ready', flush=True)
+fit(model_of(data, features), data, RUN, folder=Path(sys.argv[2]), resume=True)
+print('done', flush=True)
+'''
+
+
+def opened(folder): return sequence_data(leave_one_out(load_interactions(folder)), 20), load_features(folder)
+
+
+def model_of(data, features, name='imecd', **kw): return IMECD.of(configure(ModelConfig, SMALL | PRESETS[name] | kw), data, features)
+
+
+@pytest.fixture(scope='module')
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('checkpoints')/'shop'; make_shop(folder, n_users=200, n_items=60, seed=3, pictures=False); return folder
+
+
+@pytest.fixture(scope='module')
+def undisturbed(shop, tmp_path_factory):
+    "A training that nothing happened to: its model, its history, its files."
+    folder = tmp_path_factory.mktemp('undisturbed'); data, features = opened(shop); m = model_of(data, features); h = fit(m, data, RUN, folder=folder); return m, h, folder
+
+
+def same(folder, m, h, undisturbed):
+    "Model, history and both files, to the bit; only wall time differs."
+    model, history, files = undisturbed
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), model.state_dict().values(), strict=True)) and h.best == history.best and h.table.drop('seconds').equals(history.table.drop('seconds'))
+    for name in ('last', 'best'):
+        a, b = (load_checkpoint(f/f'{name}.safetensors') for f in (folder, files)); assert a.tensors.keys() == b.tensors.keys() and all(torch.equal(x, b.tensors[k]) for k, x in a.tensors.items())
+
+
+def stamp(path): return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_checkpoints_change_nothing(shop, undisturbed):
+    data, features = opened(shop); m = model_of(data, features); h = fit(m, data, RUN)
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), undisturbed[0].state_dict().values(), strict=True)) and h.best == undisturbed[1].best
+
+
+@pytest.mark.parametrize('stop', [1, 2, 4])
+def test_a_training_goes_on_bit_by_bit(stop, shop, undisturbed, tmp_path):
+    data, features = opened(shop); fit(model_of(data, features), data, replace(RUN, epochs=stop), folder=tmp_path)
+    m = model_of(data, features); torch.manual_seed(123); h = fit(m, data, RUN, folder=tmp_path, resume=True); same(tmp_path, m, h, undisturbed)
+
+
+def test_a_finished_training_is_not_trained_again(shop, undisturbed, tmp_path):
+    data, features = opened(shop); fit(model_of(data, features), data, RUN, folder=tmp_path); before = (tmp_path/'last.safetensors').stat().st_mtime_ns
+    m = model_of(data, features); h = fit(m, data, RUN, folder=tmp_path, resume=True); same(tmp_path, m, h, undisturbed); assert (tmp_path/'last.safetensors').stat().st_mtime_ns == before
+
+
+def test_killed_ten_times_it_ends_where_it_would_have_ended(shop, undisturbed, tmp_path):
+    "SIGKILL at random moments of a real process, also in the middle of the write of a checkpoint, each time gone on with; afterwards everything is as if nothing had happened."
+    dice, kills, caught, epochs = random.Random(0), 0, 0, []; env = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads()), 'PYTHONPATH': str(Path(__file__).parent)}
+    last = tmp_path/'last.safetensors'
+    while kills < 10:
+        child = subprocess.Popen([sys.executable, '-c', PROGRAM, str(shop), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env); assert child.stdout.readline() == b'ready\n'
+        before, part = stamp(last), f".{('last', 'best')[kills % 4 == 1]}.*"
+        if kills % 2:  # one epoch further, then in the middle of a write
+            while stamp(last) == before and child.poll() is None: began = time.time()
+            while not any(tmp_path.glob(part)) and child.poll() is None and time.time()-began < 1: pass
+        else: time.sleep(dice.uniform(.2, 1.5))
+        caught += any(tmp_path.glob('.*')); child.send_signal(signal.SIGKILL); child.wait(); child.stdout.close(); kills += 1; assert child.returncode == -signal.SIGKILL
+        if last.exists(): epochs.append(len(load_checkpoint(last).facts['rows']))
+    assert epochs == sorted(epochs) and 0 < epochs[-1] < RUN.epochs and caught
+    data, features = opened(shop); m = model_of(data, features); h = fit(m, data, RUN, folder=tmp_path, resume=True); same(tmp_path, m, h, undisturbed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['best.safetensors', 'history.jsonl', 'last.safetensors']
+
+
+def test_the_history_is_lines_of_json(undisturbed):
+    rows = [json.loads(x) for x in (undisturbed[2]/'history.jsonl').read_text().splitlines()]; assert [r['epoch'] for r in rows] == list(range(RUN.epochs)) and rows[-1]['loss'] == undisturbed[1].table['loss'][-1]
+
+
+def test_what_is_there_is_not_written_over(shop, undisturbed):
+    data, features = opened(shop); before = {p.name: p.read_bytes() for p in undisturbed[2].iterdir()}
+    with pytest.raises(ImecdError, match='resume it, or give another folder'): fit(model_of(data, features), data, RUN, folder=undisturbed[2])
+    for change, words in ((dict(dim=8), 'model, dim was 16 and is 8'), (dict(seed=1), 'model, seed was 0 and is 1')):
+        with pytest.raises(ImecdError, match=words): fit(model_of(data, features, **change), data, RUN, folder=undisturbed[2], resume=True)
+    with pytest.raises(ImecdError, match='training, lr was 0.001 and is 0.1'): fit(model_of(data, features), data, replace(RUN, lr=.1), folder=undisturbed[2], resume=True)
+    assert before == {p.name: p.read_bytes() for p in undisturbed[2].iterdir()}
+
+
+def test_another_data_set_is_refused(undisturbed, tmp_path):
+    make_shop(tmp_path/'other', n_users=200, n_items=60, seed=4, pictures=False); data, features = opened(tmp_path/'other')
+    with pytest.raises(ImecdError, match='of another training: data was'): fit(model_of(data, features), data, RUN, folder=undisturbed[2], resume=True)
+
+
+@pytest.mark.parametrize('name', ['last', 'best'])
+def test_a_file_that_was_cut_is_named(name, shop, undisturbed, tmp_path):
+    for p in undisturbed[2].iterdir(): (tmp_path/p.name).write_bytes(p.read_bytes())
+    f = tmp_path/f'{name}.safetensors'; f.write_bytes(f.read_bytes()[:-100]); data, features = opened(shop)
+    with pytest.raises(ImecdError, match=f'{name}.safetensors cannot be read.*put a whole copy there'): fit(model_of(data, features), data, RUN, folder=tmp_path, resume=True)
+
+
+def test_a_write_that_fails_leaves_the_old_state(tmp_path, monkeypatch):
+    path = tmp_path/'last.safetensors'; save_checkpoint(path, {'x': torch.ones(3)}, {'k': 1}); before = path.read_bytes()
+
+    def full(*_): raise OSError(28, 'No space left on device')
+    for where in ('os.fsync', 'os.replace'):
+        with monkeypatch.context() as m:
+            m.setattr(where, full)
+            with pytest.raises(ImecdError, match='No space left.*what was there before is unharmed'): save_checkpoint(path, {'x': torch.zeros(3)}, {'k': 2})
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert load_checkpoint(path).facts == {'k': 1}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
+def test_a_folder_that_is_read_only_is_named(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(ImecdError, match='a folder that can be written to'): save_checkpoint(tmp_path/'last.safetensors', {'x': torch.ones(3)}, {})
+
+
+def test_a_place_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path/'file').write_text('x')
+    with pytest.raises(ImecdError, match='a folder that can be written to'): save_checkpoint(tmp_path/'file'/'last.safetensors', {'x': torch.ones(3)}, {})
+
+
+def test_the_state_is_tensors_and_json(undisturbed):
+    "Nothing is pickled: any reader of safetensors opens it."
+    assert {k.split('.')[0] for k in load_file(undisturbed[2]/'last.safetensors')} == {'model', 'mean', 'optimiser'}
+
+
+def test_parts_of_killed_writers_are_cleared_and_nothing_else(tmp_path):
+    stay = ['.best.safetensors.abc', '.gitignore', 'last.safetensors', 'other']
+    for name in ('.last.safetensors.abc.safetensors', '.last.safetensors.x', '.tmpAbC123', *stay): (tmp_path/name).write_text('')
+    clear_parts(tmp_path, ('last.safetensors',)); assert sorted(p.name for p in tmp_path.iterdir()) == stay
+
+
+def test_the_first_difference_is_named():
+    must_agree({'a': 1, 'b': {'c': 2}, 'more': 3}, {'a': 1, 'b': {'c': 2}}, Path('x'))
+    with pytest.raises(ImecdError, match='x is of another training: b, c was 2 and is 3'): must_agree({'a': 1, 'b': {'c': 2}}, {'a': 1, 'b': {'c': 3}}, Path('x'))
