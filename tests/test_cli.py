@@ -294,7 +294,9 @@ def test_a_configuration_that_cannot_be_used(text, message, imecd, shop, tmp_pat
 def test_an_interrupt_leaves_nothing(tmp_path):
     "A person who presses Ctrl-C in the middle finds no half shop, and is told so."
     command = [str(Path(sys.executable).with_name('imecd')), 'data', 'shop', str(tmp_path/'shop'), '--items', '100000', '--users', '500000']
-    p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background job ignores Ctrl-C, and so would a child
+    try: p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally: signal.signal(signal.SIGINT, before)
     while not list(tmp_path.iterdir()) and p.poll() is None: time.sleep(.05)
     p.send_signal(signal.SIGINT); _, err = p.communicate(timeout=120)
     assert p.returncode == 130 and err.strip().splitlines()[-1] == 'imecd: stopped, nothing half-written is left' and not list(tmp_path.iterdir())
