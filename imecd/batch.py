@@ -75,7 +75,7 @@ def _flat(
     positions = torch.arange(total, device=start.device) - shift[1]
     return shift[0]+positions, positions, offsets
 
-# %% ../nbs/03a_batch.ipynb #b35d259f
+# %% ../nbs/03a_batch.ipynb #9b5abb69
 @dataclass(frozen=True)
 class SequenceData:
     "A split data set, flat on the device."
@@ -111,6 +111,10 @@ class SequenceData:
     def history(self, cases:Cases, rows:slice|Tensor=slice(None))->Batch:
         "What a model sees: the last `length` items of each history."
         return gather_history(self, cases.users[rows], cases.stops[rows])
+
+    def by_length(self, cases:Cases)->Tensor:  # (Q,)
+        "The questions in an order that reads histories of like length together."
+        return (cases.stops-self.offsets[cases.users]).clamp(max=self.length).argsort(stable=True)
 
     def seen(self, cases:Cases, rows:slice|Tensor=slice(None))->tuple[Tensor, Tensor]:
         "The whole history of each question: items (K,), offsets (R+1,)."

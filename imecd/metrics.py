@@ -175,24 +175,24 @@ def at_rest(
     finally:
         for m, training in modes: m.training = training
 
-# %% ../nbs/09_metrics.ipynb #77a15624
+# %% ../nbs/09_metrics.ipynb #6e793c2a
 def _answer(
     model,              # with a method `score`
     query,              # some rows of what `model.query` gave
     data:SequenceData,  # the histories
     cases:Cases,        # the questions
-    rows:slice,         # which of them
+    rows:Tensor,        # (R,) which of them
     k:int,              # length of the lists
 )->tuple[Tensor, ...]: # rank, rank_masked, top, top_masked of these rows
     "Score some rows, rank their targets, list their best items."
     scores, targets, name = model.score(query), cases.targets[rows], type(model).__name__
     if scores.shape != (len(targets), data.n_items+1):
         raise ImecdError(f'{name}.score gave a table {tuple(scores.shape)} where (rows, items+1) is {(len(targets), data.n_items+1)}')
-    seen = data.seen(cases, rows); r = ranks(scores, targets, seen, name, rows.start)
+    seen = data.seen(cases, rows); r = ranks(scores, targets, seen, name, rows)
     hide = history_pairs(seen, targets.to(scores.device), data.n_items)
     return tuple(x.cpu() for x in (*r, *both_lists(scores, k, hide)))
 
-# %% ../nbs/09_metrics.ipynb #cfa5e236
+# %% ../nbs/09_metrics.ipynb #f2c976bb
 def evaluate(
     model,               # with methods `query(batch)` and `score(query[a:b])`
     data:SequenceData,   # the histories
@@ -203,13 +203,13 @@ def evaluate(
 )->Evaluation:
     "Ask a model every question."
     if not len(cases.users): raise ImecdError('no question to ask: nobody has a target in this split')
-    parts, step = [], max(1, budget//(2*(data.n_items+1)))
+    parts, step, order = [], max(1, budget//(2*(data.n_items+1))), data.by_length(cases); back = order.argsort()
     with at_rest(model):
-        for a in progress(range(0, len(cases.users), batch_size), 'evaluating', 'batch'):
-            stop = min(a+batch_size, len(cases.users)); query = model.query(data.history(cases, slice(a, stop)))
-            for b in range(a, stop, step): parts.append(_answer(model, query[b-a:min(b+step, stop)-a], data, cases, slice(b, min(b+step, stop)), k))
+        for rows in progress(order.split(batch_size), 'evaluating', 'batch'):
+            query = model.query(data.history(cases, rows))
+            for a in range(0, len(rows), step): parts.append(_answer(model, query[a:a+step], data, cases, rows[a:a+step], k))
     users, length = cases.users.cpu(), data.offsets.diff()[cases.users].cpu()
-    rank, masked, top, top_masked = map(torch.cat, zip(*parts))
+    rank, masked, top, top_masked = (torch.cat(x)[back.cpu()] for x in zip(*parts))
     return Evaluation(users, cases.targets.cpu(), rank, masked, length, top, top_masked)
 
 # %% ../nbs/09_metrics.ipynb #03fa3ba1

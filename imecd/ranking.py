@@ -58,18 +58,18 @@ def _inside(
         raise ImecdError(f'{what} {row}: {int(ids[row])} is no item; ids go from 1 to {n}')
     return ids
 
-# %% ../nbs/08a_ranking.ipynb #43f6339d
+# %% ../nbs/08a_ranking.ipynb #e1f66b6e
 def _refuse_nan(
     scores:Tensor, # (R, W) without PAD
     name:str,      # of the model
-    first:int=0,   # number of the first row
+    first:int|Tensor=0, # number of the first row, or of each
     item=lambda column: column+1, # column -> item
 )->None:
     "Refuse scores that cannot be compared."
     bad = scores.amax(1).isnan()                                           # (R,) the maximum of a row with a NaN is NaN
     if bad.any():
         row = int(bad.nonzero()[0, 0]); column = int(scores[row].isnan().nonzero()[0, 0])
-        raise ImecdError(f'{name}, row {first+row}, item {item(column)}: the score is NaN; every item needs a number (has the training diverged?)')
+        raise ImecdError(f'{name}, row {first+row if isinstance(first, int) else int(first[row])}, item {item(column)}: the score is NaN; every item needs a number (has the training diverged?)')
 
 # %% ../nbs/08a_ranking.ipynb #7aaf31f0
 def history_pairs(
@@ -90,13 +90,13 @@ class Ranks(NamedTuple):
     kept: Tensor   # (R,) float32, among all items
     masked: Tensor # (R,) float32, among the target and the items that are not in the history
 
-# %% ../nbs/08a_ranking.ipynb #d85e51cd
+# %% ../nbs/08a_ranking.ipynb #39a221d0
 def ranks(
     scores:Tensor,  # (R, N+1) any number type, column = item; column 0 is ignored
     targets:Tensor, # (R,) dense item ids
     seen:tuple[Tensor, Tensor]|None=None, # histories: items (K,), offsets (R+1,)
     name:str='model', # of the model, for messages
-    first:int=0,    # number of the first row, for messages
+    first:int|Tensor=0, # number of the first row, or of each, for messages
 )->Ranks:
     "Rank by counting, ties at the middle; on the device of the scores."
     n = scores.shape[1]-1

@@ -48,20 +48,20 @@ class TrainConfig:
         for name in ('weight_decay', 'average'):
             if not 0 <= getattr(self, name) < math.inf: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be at least 0 and finite')
 
-# %% ../nbs/10_train.ipynb #53d70a9a
+# %% ../nbs/10_train.ipynb #967dbf3d
 def validate(
     model:IMECD,       # what is judged; stays in the mode that it has
     data:SequenceData, # the histories
     cases:Cases,       # Q questions
     batch_size:int=1024, # histories at once; the ranks do not depend on it
 )->tuple[Tensor, Tensor|None]: # ranks (Q,), 1 is best, history kept; codes (Q, S) or (Q, S, levels) of the last states, None without codes
-    "Ranks of the targets and codes of the histories, dropout off."
-    found, codes = [], []
+    "Ranks of the targets and codes of the histories, dropout off; histories of like length are read together."
+    found, codes, order, step = [], [], data.by_length(cases), max(1, 2**25//(data.n_items+1)); back = order.argsort()
     with at_rest(model):
-        for a in range(0, len(cases.users), batch_size):
-            rows = slice(a, min(a+batch_size, len(cases.users))); query = model.query(data.history(cases, rows))
-            found.append(ranks(model.score(query), cases.targets[rows]).kept); codes.append(query.codes)
-    return torch.cat(found), None if codes[0] is None else torch.cat(codes)
+        for rows in order.split(batch_size):
+            query = model.query(data.history(cases, rows)); codes.append(query.codes)
+            for a in range(0, len(rows), step): found.append(ranks(model.score(query[a:a+step]), cases.targets[rows[a:a+step]]).kept)
+    return torch.cat(found)[back], None if codes[0] is None else torch.cat(codes)[back]
 
 # %% ../nbs/10_train.ipynb #41f70ffb
 def room_health(

@@ -210,16 +210,6 @@ def test_users_with_the_same_target_are_no_contrast():
     alone = contrastive_loss(x, z, torch.ones(5)); assert torch.allclose(alone, torch.zeros(5), atol=1e-5)
 
 
-@few
-@given(st.integers(1, 40), st.integers(1, 50), st.booleans())
-def test_chunked_loss_is_the_dense_one(rows, chunk, biased):
-    g = torch.Generator().manual_seed(rows*100+chunk); q, z = (torch.randn(n, 6, generator=g, requires_grad=True) for n in (rows, 13))
-    y, bias = torch.randint(1, 12, (rows,), generator=g), torch.zeros(13); bias[12] = -torch.inf
-    dense, parts = (catalogue_loss(q, z, y, bias if biased else None, n) for n in (0, chunk))
-    assert torch.allclose(dense, parts, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(dense.mean(), (q, z)), torch.autograd.grad(parts.mean(), (q, z))): assert torch.allclose(a, b, atol=1e-5)
-
-
 def test_pad_and_masked_items_are_no_candidates():
     torch.manual_seed(0); q, z, y = torch.randn(7, 4), torch.randn(9, 4), torch.randint(1, 8, (7,)); bias = torch.zeros(9); bias[8] = -torch.inf
     before = catalogue_loss(q, z, y, bias); z[0] = 1e3; z[8] = 1e3

@@ -23,7 +23,7 @@
 | 19 | the order of a file decides | `test_histories.py::test_file_order_never_matters` |
 | 20 | wrong metrics | `test_metrics.py::test_ranks_and_lists_equal_the_slow_version`, `test_metrics.py::test_equal_to_torchmetrics` |
 | 21 | one pass is not every prefix | `test_model.py::test_one_pass_is_every_prefix`, `test_encoder.py::test_one_pass_is_every_prefix` |
-| 22 | chunks change the loss | `test_model.py::test_chunks_change_neither_loss_nor_gradients`, `test_diffusion.py::test_chunked_loss_is_the_dense_one` |
+| 22 | chunks change the loss | `test_model.py::test_chunks_change_neither_loss_nor_gradients`, `test_catalogue.py::test_strips_are_the_dense_loss` |
 | 23 | all samples are the same, or none can be had again | `test_samples_differ_and_can_be_had_again`, `test_diffusion.py::test_samples_differ_by_seed_alone` |
 
 What needs a trained model is measured here, on one that has just been trained; the thresholds are those of a sick model, far from what a healthy one reaches.
