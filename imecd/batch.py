@@ -75,7 +75,7 @@ def _flat(
     positions = torch.arange(total, device=start.device) - shift[1]
     return shift[0]+positions, positions, offsets
 
-# %% ../nbs/03a_batch.ipynb #9b5abb69
+# %% ../nbs/03a_batch.ipynb #4896efef
 @dataclass(frozen=True)
 class SequenceData:
     "A split data set, flat on the device."
@@ -108,13 +108,11 @@ class SequenceData:
         "Every event of a user's last tie group that was not trained on, asked after what precedes the group."
         return make_cases(self, *last_ties(self.split))
 
+    def by_length(self, cases:Cases)->Tensor: return (cases.stops-self.offsets[cases.users]).clamp(max=self.length).argsort(stable=True)  # (Q,) questions in the order of what is read
+
     def history(self, cases:Cases, rows:slice|Tensor=slice(None))->Batch:
         "What a model sees: the last `length` items of each history."
         return gather_history(self, cases.users[rows], cases.stops[rows])
-
-    def by_length(self, cases:Cases)->Tensor:  # (Q,)
-        "The questions in an order that reads histories of like length together."
-        return (cases.stops-self.offsets[cases.users]).clamp(max=self.length).argsort(stable=True)
 
     def seen(self, cases:Cases, rows:slice|Tensor=slice(None))->tuple[Tensor, Tensor]:
         "The whole history of each question: items (K,), offsets (R+1,)."
