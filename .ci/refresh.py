@@ -7,6 +7,7 @@ and `cuda` ones where there is a GPU.
 """
 import base64
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def refresh(path, flags):
 
 def main(args):
     "Refresh the notebooks named, or all of them."
-    flags = set(get_config().tst_flags.split())
+    flags = set(get_config().tst_flags.split()); os.environ['IMECD_PROGRESS'] = 'off'  # progress is for whoever waits, not for the file
     if '--all' in args: flags -= {'slow'} | ({'cuda'} if torch.cuda.is_available() else set())
     names = [Path(a).resolve() for a in args if a != '--all']
     for path in names or sorted(p for p in Path('nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts): refresh(path, flags)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from imecd.baselines import MODELS, Popularity, TransitionKNN, TransitionKNNConfig, fit_baseline, make_model, quick_ranks, sample_cases, transition_counts, tune_knn
+from imecd.baselines import MODELS, Popularity, TransitionKNN, TransitionKNNConfig, fit_baseline, make_model, quick_ranks, sample_cases, transition_counts, tune_knn, parse_value
 from imecd.batch import sequence_data
 from imecd.core import ImecdError, configure
 from imecd.histories import leave_one_out, load_interactions
@@ -110,3 +110,7 @@ def test_floors_are_reached(name, real):
     assert summary(quick_ranks(Popularity().fit(d), d, cases))['ndcg@10'] == pytest.approx(popular, abs=.001)
     model = TransitionKNN(TransitionKNNConfig(direction, window=10, decay=.6, shrinkage=100.)).fit(d)
     assert summary(quick_ranks(model, d, cases))['ndcg@10'] >= floor
+
+
+@pytest.mark.parametrize('text, value', [('.5', .5), ('-.5', -.5), ('3', 3), ('1e-3', 1e-3), ('true', True), ('null', None), ('both', 'both'), ('.', '.'), ('.a', '.a'), ('id+text', 'id+text'), ('5.', '5.')])
+def test_values_are_read_as_people_write_them(text, value): assert parse_value(text) == value and type(parse_value(text)) is type(value)

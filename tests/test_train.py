@@ -16,7 +16,8 @@ from imecd.features import Features
 from imecd.histories import Interactions, leave_one_out
 from imecd.metrics import evaluate, ndcg
 from imecd.model import IMECD, PRESETS, ModelConfig
-from imecd.train import TrainConfig, fit, line, plot_history, plot_terms, room_health, running_mean, validate, wear
+from imecd.reports import line, plot_history, plot_terms
+from imecd.train import TrainConfig, fit, room_health, running_mean, validate, wear
 
 N = 30
 SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, commitment=.25, steps=6, dropout=.1)
@@ -119,7 +120,7 @@ def test_one_seed_one_training(name, data, features):
     found = []
     for start, seed in ((1, 0), (2, 0), (1, 1)):
         torch.manual_seed(start); m = model_of(data, features, name); h = quietly(m, data, replace(RUN, seed=seed, epochs=3))
-        found.append((m.state_dict(), h.table.drop('seconds')))
+        found.append((m.state_dict(), h.table.drop('seconds', 'targets/s')))
     assert found[0][1].equals(found[1][1]) and all(torch.equal(a, b) for a, b in zip(found[0][0].values(), found[1][0].values(), strict=True))
     assert not torch.equal(found[0][0]['table.ids'], found[2][0]['table.ids'])
 
@@ -143,7 +144,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_parameters(data, feature
 def test_nothing_of_a_training_leaks(data, features):
     "The global generator is where it was; a callback that draws from it changes nothing; the modes of the parts are kept."
     torch.manual_seed(3); before = torch.get_rng_state(); m = model_of(data, features); h = quietly(m, data, replace(RUN, epochs=3)); assert torch.equal(torch.get_rng_state(), before)
-    n = model_of(data, features); g = quietly(n, data, replace(RUN, epochs=3), lambda *_: torch.rand(7)); assert h.table.drop('seconds').equals(g.table.drop('seconds'))
+    n = model_of(data, features); g = quietly(n, data, replace(RUN, epochs=3), lambda *_: torch.rand(7)); assert h.table.drop('seconds', 'targets/s').equals(g.table.drop('seconds', 'targets/s'))
     for mode in (True, False): m.train(mode); modes = [p.training for p in m.modules()]; room_health(m, validate(m, data, data.cases('valid'))[1]); assert [p.training for p in m.modules()] == modes
 
 
