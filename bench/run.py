@@ -1,6 +1,6 @@
 """Measure everything and write bench/results.json and bench/results.md.
 
-    python bench/run.py [NAME ...]             names: convert batches knn ranking; all by default, the others keep their last result
+    python bench/run.py [NAME ...]             names: convert batches knn ranking floor peers; all by default, the others keep their last result
 
 Every measurement runs in a process of its own. Ratios compare two things measured in one run on one machine; seconds alone say little elsewhere.
 """
@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ('convert', 'batches', 'knn', 'ranking')
-DATA_OF = {'batches': 'amazon14_toys', 'knn': 'amazon18_games'}
+NAMES = ('convert', 'batches', 'knn', 'ranking', 'floor', 'peers')
+DATA_OF = {'batches': 'amazon14_toys', 'knn': 'amazon18_games', 'floor': 'amazon18_instruments', 'peers': 'movielens_small'}
 
 
 def measure(name):
@@ -39,7 +39,7 @@ def page(results):
     lines = ['# Measurements', '', 'Written by `make bench`; the numbers behind it are in `results.json`.', '']
     for name, r in results.items():
         origin = f"`{r['command']}`, {r['date']}, commit {r['commit']}, {r['processor']}, {r['cores']} cores, OMP_NUM_THREADS {r['threads']}, " + ', '.join(f'{k} {v}' for k, v in r['versions'].items())
-        doc = (HERE/f'{name}.py').read_text().split('"""')[1].split('\n')[0]
+        doc = (HERE/f'{name}.py').read_text().split('"""')[1].strip()
         lines += [f'## {name}', '', doc, '', *table(r), '', origin, '']
     return '\n'.join(lines)
 
@@ -48,7 +48,8 @@ def number(v): return f'{v:,.4g}' if isinstance(v, float) and abs(v) < 1000 else
 
 
 def table(result):
-    "Nested results side by side, plain ones below each other."
+    "Nested results side by side, plain ones below each other; of `tables`, a row a name."
+    if 'tables' in result: return [line for rows in result['tables'] for line in ['| | '+' | '.join(k.replace('_', ' ') for k in next(iter(rows.values())))+' |', '|---'*(len(next(iter(rows.values())))+1)+'|', *(f'| {name} | '+' | '.join(map(number, row.values()))+' |' for name, row in rows.items()), '']]
     skip = {'command', 'date', 'commit', 'cores', 'processor', 'versions', 'threads'}
     sides = {k: v for k, v in result.items() if isinstance(v, dict) and k not in skip}; plain = {k: v for k, v in result.items() if k not in sides and k not in skip}
     out = ['| | value |', '|---|---|', *(f'| {k.replace("_", " ")} | {number(v)} |' for k, v in plain.items())]

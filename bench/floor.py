@@ -1,0 +1,95 @@
+"""How far is a training epoch, and an evaluation, from the time of its bare matrix products?
+
+The floor is measured, not assumed: every matrix product that a room or a step really does is recorded with its shapes, and timed alone, in the same process.
+What stands above it is everything else: softmax, norms, dropout, gathering, the optimiser, Python. Ratios are medians of several steps.
+"""
+import itertools
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from imecd.diffusion import contrastive_loss
+from imecd.catalogue import mean_catalogue_loss
+from imecd.fitting import configure_preset, cut_streams, load_split, stream_features
+from imecd.model import IMECD
+from imecd.towers import seen_items
+from imecd.train import TrainConfig, running_mean, train_epoch, validate
+
+DATA = Path(os.environ.get('IMECD_DATA', 'data'))
+PRODUCTS = {'mm', 'addmm', 'bmm', 'baddbmm'}
+
+
+class Recorder(TorchDispatchMode):
+    "Shapes and types of all matrix products inside."
+    def __init__(self): super().__init__(); self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS: a, b = args[-2:]; self.found[tuple(a.shape), tuple(b.shape), a.dtype] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def median(times): return sorted(times)[len(times)//2]
+
+
+def timed(f, n=7):
+    f(); out = []
+    for _ in range(n): start = time.perf_counter(); f(); out.append(time.perf_counter()-start)
+    return median(out)
+
+
+def bare(found):
+    "Seconds of the products alone, and their floating-point operations."
+    total, work = 0., 0
+    for (a, b, kind), n in found.items():
+        x, y = torch.randn(a).to(kind), torch.randn(b).to(kind); total += n*timed(lambda: x@y, 5); work += n*2*x.numel()*b[-1]
+    return total, work
+
+
+def room(f):
+    "Milliseconds of a room, forward and backward, and how far above its products it is."
+    with Recorder() as r: f()
+    floor, work = bare(r.found); took = timed(f); return {'ms': 1e3*took, 'products_ms': 1e3*floor, 'GFLOP': work/1e9, 'ratio': took/floor}
+
+
+def rooms(model, batch):
+    "The rooms one by one on the tensors of a real step."
+    items = model.table(batch.targets.unique()); asked = batch.targets.nonzero()[:, 0]; y = batch.targets[asked]; seen = seen_items(batch, asked)
+    fixed = items._replace(vectors=items.vectors.detach(), read=items.read.detach().requires_grad_()); z = fixed.vectors.clone().requires_grad_()
+    q = model.reader(model.reader.states(fixed, batch), batch)[0][asked].detach().requires_grad_()
+    learn = lambda x: x.backward()
+    return {'items': room(lambda: learn((i := model.table(y)).vectors.sum()+i.read.sum())),
+            'encoder': room(lambda: learn(model.reader(model.reader.states(fixed, batch), batch)[0].sum())),
+            'codes': room(lambda: model.reader.learn_codes(fixed, batch)),
+            'catalogue': room(lambda: learn(mean_catalogue_loss(model.ask(q), z, y, model.bias, seen, model.repeat))),
+            'denoiser': room(lambda: learn(model.cdg(q, z[y]).x0.sum())),
+            'contrast': room(lambda: learn(contrastive_loss(q, z[y], y).mean()))}
+
+
+def measure(name, bf16=False):
+    data = load_split(DATA/name, 'leave_one_out', 50); config, _ = configure_preset('imecd', {}, 50, 0); train = TrainConfig(warmup=0, bf16=bf16)
+    features = stream_features(DATA/name, config.streams); model = IMECD.of(cut_streams(config, False, features)[0], data, features); model.place_codes(data); model.train()
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3); running_mean(model, optimiser, 100); batches = list(itertools.islice(data.epoch(0, 0), 16))
+    step = lambda b: train_epoch(model, [b], optimiser, train, 1); step(batches[0]); took, floors = [], []
+    for b in batches: start = time.perf_counter(); step(b); took.append(time.perf_counter()-start)
+    for b in batches[:3]:
+        with Recorder() as r: step(b)
+        floors.append(bare(r.found))
+    floor, work = (sum(x)/3 for x in zip(*floors)); steps = data.n_targets/1024; cases = data.cases('valid'); cases = type(cases)(*(x[:8192] for x in cases))
+    with Recorder() as r: validate(model, data, cases)
+    ask_floor, ask_work = bare(r.found); ask = timed(lambda: validate(model, data, cases), 3); share = len(data.cases('valid').users)/len(cases.users)
+    out = {f'{name}{", bfloat16" if bf16 else ""}': {'epoch_s': median(took)*steps, 'epoch_floor_s': floor*steps, 'epoch_over_floor': median(took)/floor, 'epoch_TFLOP': work*steps/1e12, 'GFLOP/s_of_products': work/floor/1e9,
+           'evaluation_s': ask*share, 'evaluation_floor_s': ask_floor*share, 'evaluation_over_floor': ask/ask_floor, 'evaluation_TFLOP': ask_work*share/1e12}}
+    return out, {} if bf16 else {f'{name}, {k}': v for k, v in rooms(model, batches[0]).items()}
+
+
+if __name__ == '__main__':
+    totals, parts = {}, {}
+    for name, bf16 in (('amazon18_instruments', False), ('amazon18_instruments', True), ('amazon14_toys', False), ('amazon14_toys', True)): a, b = measure(name, bf16); totals |= a; parts |= b; print(a, file=sys.stderr)
+    print(json.dumps({'tables': [totals, parts]}))
