@@ -17,7 +17,7 @@ import numpy as np
 
 from imecd.histories import leave_one_out, load_interactions
 
-HERE, DATA = Path(__file__).parent, Path(os.environ.get('IMECD_DATA', 'data'))
+HERE, DATA = Path(__file__).parent.resolve(), Path(os.environ.get('IMECD_DATA', 'data')).resolve()
 ENVIRONMENTS = {'recbole': ('torch==2.13.0', 'numpy<2', 'pandas<3', 'scipy<1.15', 'setuptools<81', 'recbole==1.2.1', 'kmeans-pytorch'), 'replay': ('torch==2.13.0', 'replay-rec[torch]==0.22.0')}
 SETS = ('movielens_small', 'amazon14_toys')
 
@@ -30,18 +30,19 @@ def python(name):
     return home/'bin/python'
 
 
-def ask(interpreter, script, *args):
+def ask(interpreter, script, folder, *args):
+    "One competitor's figures; it works in a folder that is thrown away."
     env = {**os.environ, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1', 'OMP_NUM_THREADS': str(os.cpu_count())}
-    done = subprocess.run([str(interpreter), str(HERE/'peers'/script), *map(str, args)], stdout=subprocess.PIPE, text=True, check=True, env=env)
+    done = subprocess.run([str(interpreter), str(HERE/'peers'/script), *map(str, args)], stdout=subprocess.PIPE, text=True, check=True, env=env, cwd=folder)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(name, folder):
     split = leave_one_out(load_interactions(DATA/name)); data = split.data
     np.savez(folder/'events.npz', events=data.events, offsets=data.offsets, train=split.train, n_items=data.n_items)
-    found = {'our SASRec': ask(sys.executable, 'ours.py', DATA/name, 'sasrec'), 'our IMECD': ask(sys.executable, 'ours.py', DATA/name, 'imecd'),
-             'our IMECD, bfloat16': ask(sys.executable, 'ours.py', DATA/name, 'imecd', 'bf16'),
-             "RePlay's SASRec": ask(python('replay'), 'replay_sasrec.py', folder/'events.npz'), "RecBole's SASRec": ask(python('recbole'), 'recbole_sasrec.py', folder/'events.npz', folder)}
+    found = {'our SASRec': ask(sys.executable, 'ours.py', folder, DATA/name, 'sasrec'), 'our IMECD': ask(sys.executable, 'ours.py', folder, DATA/name, 'imecd'),
+             'our IMECD, bfloat16': ask(sys.executable, 'ours.py', folder, DATA/name, 'imecd', 'bf16'),
+             "RePlay's SASRec": ask(python('replay'), 'replay_sasrec.py', folder, folder/'events.npz'), "RecBole's SASRec": ask(python('recbole'), 'recbole_sasrec.py', folder, folder/'events.npz', folder)}
     base = found["RecBole's SASRec"]
     return {f'{name}, {who}': {**r, 'training_over_RecBole': r['targets_per_second']/base['targets_per_second'], 'ranking_over_RecBole': r['users_per_second']/base['users_per_second']} for who, r in found.items()}
 

@@ -45,6 +45,17 @@ def configure(
             raise ImecdError(f'{kind.__name__}: {name}={value!r} is {type(value).__name__}; it must be {known[name].__name__}')
     return kind(**{name: known[name](value) for name, value in settings.items()})
 
+# %% ../nbs/00_core.ipynb #7511e5f9
+class _Absent:
+    "Stands for a module that is not installed."
+    def __init__(self, name): self._name = name
+    def __getattr__(self, attribute):
+        if attribute.startswith('__'): raise AttributeError(attribute)
+        raise ImecdError(f'{self._name} is not installed and this needs it; `pip install {self._name}`, or train and evaluate from what `imecd data cache` wrote, which goes without')
+
+try: import polars
+except ModuleNotFoundError: polars = _Absent('polars')
+
 # %% ../nbs/00_core.ipynb #63a348a5
 def set_seed(
     seed:int, # any non-negative integer

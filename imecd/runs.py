@@ -27,7 +27,7 @@ class Assessment(NamedTuple):
     slices: pl.DataFrame            # test metrics by history length, popularity and cold targets
     parts: dict[str, Evaluation]    # valid and test, as evaluated
 
-# %% ../nbs/09a_runs.ipynb #306967fa
+# %% ../nbs/09a_runs.ipynb #a39d2e4d
 def rank_table(
     evaluation:Evaluation, # one part
     part:str,              # its name
@@ -35,7 +35,7 @@ def rank_table(
 )->pl.DataFrame: # user, split, target, rank, rank_masked, length
     "Ranks in raw ids."
     e = [x.numpy(force=True) for x in (evaluation.users, evaluation.targets, evaluation.rank, evaluation.rank_masked, evaluation.length)]
-    table = pl.DataFrame({USER: data.users[e[0]].tolist(), 'target': data.items[ITEM].gather(e[1]-1), 'rank': e[2], 'rank_masked': e[3], 'length': e[4]})
+    table = pl.DataFrame({USER: data.users[e[0]].tolist(), 'target': pl.Series(data.items[ITEM]).gather(e[1]-1), 'rank': e[2], 'rank_masked': e[3], 'length': e[4]})
     return table.insert_column(1, pl.Series('split', [part]*len(table), dtype=pl.String))
 
 # %% ../nbs/09a_runs.ipynb #ebb102e9
