@@ -79,7 +79,7 @@ class StackedNorm(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: return F.layer_norm(x, x.shape[-1:])*self.weight+self.bias  # (S, P, D)
 
-# %% ../nbs/05_encoder.ipynb #1898d792
+# %% ../nbs/05_encoder.ipynb #73a6ba74
 class Attention(nn.Module):
     "Causal self-attention inside each row (Vaswani et al. 2017, Eq. 1)."
     def __init__(self,
@@ -90,15 +90,24 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.qkv, self.out = heads, StackedLinear(streams, dim, 3*dim), StackedLinear(streams, dim, dim)
 
-    def split(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (3, S*R, H, L, D/H)
-        "Queries, keys and values in the rectangle."
-        x = self.qkv(x); streams, _, width = x.shape                                           # (S, P, 3D)
+    def lay(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, kD) -> (k, S*R, H, L, D/H)
+        "Several maps of all positions, in the rectangle."
+        (streams, _, width), dim = x.shape, self.out.weight.shape[1]
         x = x.new_zeros(streams, layout.rows*layout.longest, width).index_copy(1, layout.place, x)
-        return x.view(streams*layout.rows, layout.longest, 3, self.heads, width//(3*self.heads)).permute(2, 0, 3, 1, 4)
+        return x.view(streams*layout.rows, layout.longest, width//dim, self.heads, dim//self.heads).permute(2, 0, 3, 1, 4)
+
+    def split(self, x:Tensor, layout:Layout)->Tensor: return self.lay(self.qkv(x), layout)  # (S, P, D) -> (3, S*R, H, L, D/H): queries, keys and values
 
     def forward(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (S, P, D)
         with sdpa_kernel(SDPBackend.MATH) if x.device.type == 'cpu' else nullcontext(): y = F.scaled_dot_product_attention(*self.split(x, layout), is_causal=True)  # (S*R, H, L, D/H)
         return self.out(y.transpose(1, 2).reshape(len(x), layout.rows*layout.longest, x.shape[-1])[:, layout.place])
+
+    def last(self, x:Tensor, layout:Layout, ends:Tensor)->Tensor:  # (S, P, D), (R,) -> (S, R, D)
+        "The same for the last position of every row: all keys and values, one query."
+        (streams, _, dim), w, b = x.shape, self.qkv.weight, self.qkv.bias; ask = torch.baddbmm(b[..., :dim], x[:, ends], w[..., :dim])
+        k, v = self.lay(torch.baddbmm(b[..., dim:], x, w[..., dim:]), layout); own = torch.arange(layout.longest, device=x.device) <= layout.positions[ends, None]  # (R, L)
+        y = F.scaled_dot_product_attention(ask.reshape(len(k), self.heads, 1, -1), k, v, own.repeat(streams, 1)[:, None, None])
+        return self.out(y.reshape(streams, -1, dim))
 
     def weights(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (S, R, H, L, L)
         "Who looks at whom; rows and columns beyond a row's own length mean nothing."
@@ -107,7 +116,7 @@ class Attention(nn.Module):
         a = (q@k.transpose(-1, -2)/q.shape[-1]**.5).masked_fill(future, -torch.inf).softmax(-1)  # (S*R, H, L, L)
         return a.view(len(x), layout.rows, *a.shape[1:])
 
-# %% ../nbs/05_encoder.ipynb #9bc9b8e1
+# %% ../nbs/05_encoder.ipynb #65225dc7
 class Block(nn.Module):
     "Attention and a two-layer network, each with its residual; the norm before (`pre`) or after them."
     def __init__(self,
@@ -125,14 +134,15 @@ class Block(nn.Module):
 
     def feed(self, x:Tensor)->Tensor: return self.down(F.gelu(self.up(x)))  # (S, P, D) -> (S, P, D)
 
-    def forward(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (S, P, D)
+    def forward(self, x:Tensor, layout:Layout, ends:Tensor|None=None)->Tensor:  # (S, P, D) -> (S, P, D); of the positions `ends` (R,) alone: (S, R, D)
+        here, read = (x, self.attention) if ends is None else (x[:, ends], lambda x, layout: self.attention.last(x, layout, ends))
         if self.pre:
-            x = x+self.dropout(self.attention(self.norm1(x), layout))
+            x = here+self.dropout(read(self.norm1(x), layout))
             return x+self.dropout(self.feed(self.norm2(x)))
-        x = self.norm1(x+self.dropout(self.attention(x, layout)))
+        x = self.norm1(here+self.dropout(read(x, layout)))
         return self.norm2(x+self.dropout(self.feed(x)))
 
-# %% ../nbs/05_encoder.ipynb #227ea702
+# %% ../nbs/05_encoder.ipynb #46d8163e
 class SequenceEncoder(nn.Module):
     "A causal transformer for each stream over packed rows (SASRec, Kang and McAuley 2018; three streams as in HM4SR)."
     def __init__(self,
@@ -163,10 +173,10 @@ class SequenceEncoder(nn.Module):
             raise ImecdError(f'a row has {n} positions, this encoder reads {length}; show it the last {length}, or build it with length={n}')
         return self.dropout(self.enter(x+self.positions[:, layout.positions])), layout
 
-    def forward(self, x:Tensor, offsets:Tensor)->Tensor:  # (S, P, D), (R+1,) -> (S, P, D)
+    def forward(self, x:Tensor, offsets:Tensor, last:bool=False)->Tensor:  # (S, P, D), (R+1,) -> (S, P, D); with `last` the last state of each row (S, R, D)
         x, layout = self.start(x, offsets)
-        for block in self.blocks: x = block(x, layout)
-        return self.leave(x)
+        for block in self.blocks[:-1]: x = block(x, layout)
+        return self.leave(self.blocks[-1](x, layout, offsets[1:]-1 if last else None))
 
     @torch.no_grad()
     def attention(self, x:Tensor, offsets:Tensor)->Tensor:  # (S, P, D), (R+1,) -> (layers, S, R, H, L, L)

@@ -212,7 +212,7 @@ class Scorer(Stored):
         r, k = (query.seen != PAD).nonzero(as_tuple=True)
         return s.index_put((r, query.seen[r, k]), self.repeat.expand(len(r)), accumulate=True)
 
-# %% ../nbs/08_model.ipynb #8b7986d0
+# %% ../nbs/08_model.ipynb #4b513bfc
 class Generator(Scorer):
     "What a history asks for, and the vector that is generated from it."
     def __init__(self, config:ModelConfig, n_items:int, features:Features|None=None, counts:Tensor|None=None):
@@ -225,7 +225,8 @@ class Generator(Scorer):
 
     def condition(self, batch:Batch)->tuple[Tensor, Tensor|None]:  # (R, D_x), (R, S)
         "What each history asks for, and the codes it is read as, at rest."
-        items, last = self.items(), batch.offsets[1:]-1; c, vq = self.reader(self.reader.states(items, batch), batch)
+        whole = self.reader.pooled and self.reader.vq is not None; c, vq = self.reader(self.reader.states(self.items(), batch, not whole), batch)
+        last = batch.offsets[1:]-1 if whole else slice(None)
         return c[last], None if vq is None or not self.reader.vq.ready else vq.codes[:, last].transpose(0, 1)
 
     def lengthen(self, x0:Tensor, q:Tensor)->Tensor:

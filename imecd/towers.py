@@ -114,7 +114,7 @@ def mean_so_far(
     place = torch.arange(h.shape[1], device=h.device); start = place-batch.positions
     return ((total[:, 1:]-total[:, start])/(batch.positions+1)[:, None]).to(h.dtype)
 
-# %% ../nbs/07b_towers.ipynb #13126464
+# %% ../nbs/07b_towers.ipynb #ac29c154
 class UserTower(nn.Module):
     "Encoder and MS-VQ: what every position of a history asks for."
     def __init__(self,
@@ -134,7 +134,7 @@ class UserTower(nn.Module):
         if self.vq is not None: self.vq.eval()
         return self
 
-    def states(self, items:Items, batch:Batch)->Tensor: return self.encoder(items.read[:, batch.items], batch.offsets)  # (S, P, D)
+    def states(self, items:Items, batch:Batch, last:bool=False)->Tensor: return self.encoder(items.read[:, batch.items], batch.offsets, last)  # (S, P, D), or the last of each row (S, R, D)
     def coded(self, h:Tensor, batch:Batch)->Tensor: return mean_so_far(h, batch) if self.pooled else h  # (S, P, D) what the codes describe
 
     @torch.no_grad()

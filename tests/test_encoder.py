@@ -254,3 +254,18 @@ def test_pictures():
     assert plot_mask(ends([3, 2]), ax=axes[1]) is axes[1] and (axes[1].images[0].get_array() > 0).sum() == 9
     assert plot_moved(torch.ones(4, 4).triu(), ax=axes[2]) is axes[2]
     fig.canvas.draw(); plt.close(fig); assert plot_attention(torch.eye(3)); plt.close('all')
+
+
+@BOTH
+@SMALL
+@given(LENGTHS)
+def test_the_last_states_alone_are_those_of_the_whole_pass(norm, lengths):
+    for layers in (1, 3):
+        e, x, o = made(norm, layers=layers), vectors(lengths), ends(lengths)
+        with torch.no_grad(): assert torch.allclose(e(x, o, last=True), e(x, o)[:, o[1:]-1], atol=1e-5)
+
+
+def test_the_last_state_asks_for_one_query_a_row():
+    "A gradient reaches the whole history through keys and values, and nobody else's."
+    e, x = made(), vectors([3, 4]).requires_grad_(); e(x, ends([3, 4]), last=True)[:, 1].sum().backward()
+    assert (x.grad[:, :3] == 0).all() and (x.grad[:, 3:].abs().sum(-1) > 0).all()
