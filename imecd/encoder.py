@@ -79,7 +79,7 @@ class StackedNorm(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: return F.layer_norm(x, x.shape[-1:])*self.weight+self.bias  # (S, P, D)
 
-# %% ../nbs/05_encoder.ipynb #73a6ba74
+# %% ../nbs/05_encoder.ipynb #2fb2dc3c
 class Attention(nn.Module):
     "Causal self-attention inside each row (Vaswani et al. 2017, Eq. 1)."
     def __init__(self,
@@ -99,7 +99,8 @@ class Attention(nn.Module):
     def split(self, x:Tensor, layout:Layout)->Tensor: return self.lay(self.qkv(x), layout)  # (S, P, D) -> (3, S*R, H, L, D/H): queries, keys and values
 
     def forward(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (S, P, D)
-        with sdpa_kernel(SDPBackend.MATH) if x.device.type == 'cpu' else nullcontext(): y = F.scaled_dot_product_attention(*self.split(x, layout), is_causal=True)  # (S*R, H, L, D/H)
+        plain = x.device.type == 'cpu' and (torch.is_grad_enabled() or x.dtype == torch.bfloat16 or torch.is_autocast_enabled('cpu'))
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(): y = F.scaled_dot_product_attention(*self.split(x, layout), is_causal=True)  # (S*R, H, L, D/H)
         return self.out(y.transpose(1, 2).reshape(len(x), layout.rows*layout.longest, x.shape[-1])[:, layout.place])
 
     def last(self, x:Tensor, layout:Layout, ends:Tensor)->Tensor:  # (S, P, D), (R,) -> (S, R, D)
