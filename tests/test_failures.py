@@ -257,7 +257,7 @@ def test_shuffled_features_lose(goods):
     "E.14: on streams of text alone, the features of other items cost a third of the accuracy or more."
     data, x = goods; order = np.r_[0, np.random.default_rng(0).permutation(data.n_items)+1]; cases = data.cases('test'); found = []
     for features in (x, x._replace(text=x.text[order], image=x.image[order], present=x.present[order])):
-        m = train('text_only', data, features, 5, 0, gate='none', vq='none', head='direct', seen=False, ties=False); found.append(mean(evaluate(m, data, cases).rank))
+        m = train('text_only', data, features, 4, 0, gate='none', vq='none', head='direct', seen=False, ties=False, feature_dropout=0.); found.append(mean(evaluate(m, data, cases).rank))
     assert found[1] < .67*found[0]
 
 
