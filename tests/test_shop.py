@@ -229,8 +229,8 @@ def test_nobody_else_reads_the_truth():
 
 
 def test_the_command_line_draws_with_the_truth_and_does_nothing_else_with_it():
-    tree = ast.parse((LIB/'cli.py').read_text()); functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
-    assert {name for name, f in functions.items() if 'load_truth' in names_in(f)} == {'demo'} and not any('truth.parquet' in t or 'truth_events' in t for t in names_in(tree))
+    trees = [ast.parse((LIB/name).read_text()) for name in ('cli.py', 'running.py')]; functions = {n.name: n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    assert {name for name, f in functions.items() if 'load_truth' in names_in(f)} == {'demo'} and not any('truth.parquet' in t or 'truth_events' in t for tree in trees for t in names_in(tree))
     for f in (functions['train_run'], functions['demo']):  # what was read goes to the figures, or is handed on to `train_run` for its figures
         given = [c for c in ast.walk(f) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name) and c.func.id in ('room_figures', 'train_run')]
         allowed = sum(isinstance(n, ast.Name) and n.id == 'lies' for c in given for a in (*c.args, *(k.value for k in c.keywords)) for n in ast.walk(a))
