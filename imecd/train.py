@@ -164,13 +164,17 @@ def running_mean(
     optimiser.register_step_post_hook(lambda *_: mean.update_parameters(now))
     return mean
 
-# %% ../nbs/10_train.ipynb #f93893d7
+# %% ../nbs/10_train.ipynb #70fb1446
 @contextmanager
 def own_randomness(
     device:torch.device, # where the model is
 ):
-    "Inside, torch's global generators may be seeded at will; afterwards they are as they were."
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []): yield
+    "Inside, torch's global generators may be seeded at will, and on a processor equal steps give equal bits; afterwards all is as it was."
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        if device.type == 'cpu': torch.use_deterministic_algorithms(True)  # several threads otherwise add up gradients of one item in any order
+        try: yield
+        finally: torch.use_deterministic_algorithms(strict, warn_only=warns)
 
 # %% ../nbs/10_train.ipynb #ff58491c
 def refuse_empty(

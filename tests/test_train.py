@@ -125,6 +125,15 @@ def test_one_seed_one_training(name, data, features):
     assert not torch.equal(found[0][0]['table.ids'], found[2][0]['table.ids'])
 
 
+def test_several_threads_give_one_training_too(data, features):
+    "Gradients of an item that occurs often are added up in one order, however many threads do it."
+    threads, found = torch.get_num_threads(), []; torch.set_num_threads(2)
+    try:
+        for _ in range(6): m = model_of(data, features); quietly(m, data, replace(RUN, epochs=1, warmup=0)); found.append(torch.cat([p.detach().flatten() for p in m.parameters()]))
+    finally: torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], x) for x in found[1:]) and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_loss_that_is_no_number_is_named(data, features):
     m = model_of(data, features)
     with torch.no_grad(): m.reader.fuse.bias.fill_(torch.nan)
