@@ -146,7 +146,7 @@ def gather_settings(
     "The settings of a file; what the command line says wins over them."
     return {**told.get('settings', {}), **{k: parse_value(v) for k, v in pairs(given, '--set').items()}, **({} if epochs is None else {'train.epochs': epochs})}
 
-# %% ../nbs/15_cli.ipynb #4f88e413
+# %% ../nbs/15_cli.ipynb #3f50e854
 @app.command(epilog='Example: imecd train shop --set train.patience=3 --out runs/imecd')
 def train(
     folder:Folder,
@@ -175,7 +175,7 @@ def train(
     else: make_model(model, settings)
     may_begin(out, resume)
     run = train_run(folder, out, model, settings, split, length or 50, k_core, tune, seed, device, started, features, resume=resume, track=track or ())
-    show(run.metrics if as_json else headline(run.metrics), as_json)
+    if run is not None: show(run.metrics if as_json else headline(run.metrics), as_json)
 
 # %% ../nbs/15_cli.ipynb #9b8f9da5
 @app.command('eval', epilog='Example: imecd eval runs/knn --json')

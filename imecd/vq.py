@@ -221,7 +221,7 @@ class StreamUnits(nn.Module):
         x, part = wide(x.detach()), part or Part.of(x.shape[1]); mean = part.mean(x.mean(1, keepdim=True)); self.mean.lerp_(mean, share)
         self.spread.lerp_(part.mean((x-mean).square().mean((1, 2), keepdim=True)).sqrt().clamp(min=1e-4), share); return self
 
-# %% ../nbs/06_vq.ipynb #2bd22ace
+# %% ../nbs/06_vq.ipynb #cabc89b4
 class ModalityVQ(nn.Module):
     "MS-VQ: each stream is quantised by its own codebook, and a state is moved part of the way to its code."
     def __init__(self,
@@ -260,7 +260,7 @@ class ModalityVQ(nn.Module):
             for level in self.levels: level.initialise(rest, seed); rest = rest-torch.take_along_dim(level.codes.detach(), nearest(rest, level.codes)[..., None], 1)
 
     def forward(self, x:Tensor, part:Part|None=None)->VQOut:  # (S, P, D), which positions of the step they are; states pass as they are until `initialise` has placed the codes
-        rest, total, loss, found, (S, P, D), n = self.fold(x, .05*(self.training and self.ready), part), 0., 0., [], x.shape, len(self.levels); whole = self.unfold(rest.detach())
+        rest, total, loss, found, (S, P, _), n = self.fold(x, .05*(self.training and self.ready), part), 0., 0., [], x.shape, len(self.levels); whole = self.unfold(rest.detach())
         if not self.ready: return VQOut(x, torch.full((S, P, n)[:2+(n > 1)], -1, device=x.device), rest.new_zeros(()), rest.new_zeros(S))
         for level in self.levels:
             out = level(rest, part.times(S) if part and self.shared else part); rest, total, loss = rest-out.quantised, total+out.quantised, loss+out.loss*(S/len(rest)); found.append(self.unfold(out.codes))
