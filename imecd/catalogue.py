@@ -20,7 +20,7 @@ def strip_rows(
     "Rows that are scored at once: scores of about 8 MB on a processor, 1 GB elsewhere."
     return max(64, (2**21 if kind == 'cpu' else 2**28)//max(n, 1))
 
-# %% ../nbs/07c_catalogue.ipynb #495c7ae0
+# %% ../nbs/07c_catalogue.ipynb #b4f63010
 class _CatalogueLoss(torch.autograd.Function):
     "The mean cross-entropy, with its gradients made in the forward pass."
     @staticmethod
@@ -32,9 +32,10 @@ class _CatalogueLoss(torch.autograd.Function):
             for k in range(0, len(q), strip):
                 x, t, r = a[k:k+strip], y[k:k+strip], rows[:len(a[k:k+strip])]; s = (x@v.T).to(full)            # (strip, N+1)
                 own = s[r, t]
+                if seen is not None: have = (seen[k:k+strip] != PAD).nonzero(as_tuple=True); there = have[0], seen[k+have[0], have[1]]; kept = s[there]
                 if bias is not None: s += bias
                 s[:, PAD] = -torch.inf; s[r, t] = own
-                if again is not None: have = (seen[k:k+strip] != PAD).nonzero(as_tuple=True); there = have[0], seen[k+have[0], have[1]]; s[there] += again
+                if seen is not None: s[there] = kept if again is None else kept+again
                 own, top = s[r, t], s.amax(1, keepdim=True); total = s.sub_(top).exp_().sum(1, keepdim=True)
                 loss += (total.log()[:, 0]+top[:, 0]-own).sum(); s /= total*count; s[r, t] -= 1/count          # from here on the slope
                 if again is not None: da += s[there].sum()
@@ -47,18 +48,17 @@ class _CatalogueLoss(torch.autograd.Function):
         dq, dz, da = ctx.saved_tensors
         return dq*slope.to(dq.dtype), dz*slope.to(dz.dtype), None, None, None, da*slope if ctx.needs_input_grad[5] else None, None, None
 
-# %% ../nbs/07c_catalogue.ipynb #7b822c48
+# %% ../nbs/07c_catalogue.ipynb #54e95d94
 def mean_catalogue_loss(
     queries:Tensor,  # (P, D)
     items:Tensor,    # (N+1, D), row 0 is PAD
     targets:Tensor,  # (P,) dense item ids
-    bias:Tensor|None=None, # (N+1,) added to every row of scores but at its target; -inf takes an item out
+    bias:Tensor|None=None, # (N+1,) added to every row of scores but at its target and at what was seen; -inf takes an item out
     seen:Tensor|None=None, # (P, K) items of each history, each once, PAD where there is none
-    again:Tensor|None=None,# () added to the scores of what was seen
+    again:Tensor|None=None,# () added to the scores of what was seen, None for nothing
     count:float|None=None, # what the sum over questions is divided by, P by default
     strip:int=0,     # rows at a time, 0 for what suits the device
 )->Tensor: # ()
     "Mean cross-entropy of the targets among all items, never more than a strip of scores in memory."
     if not len(queries): raise ImecdError('no questions to take the mean of; give at least one')
-    if again is None: seen = None
     return _CatalogueLoss.apply(queries, items, targets, bias, seen, again, float(count or len(queries)), strip or strip_rows(len(items), queries.device.type))

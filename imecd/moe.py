@@ -43,7 +43,7 @@ def load_balance(
     share = (gates > 0).to(full.dtype); share = share/share.sum(-1, keepdim=True)
     return gates.shape[1]*(share.mean(0)*full.mean(0)).sum()
 
-# %% ../nbs/04_moe.ipynb #acaae7ac
+# %% ../nbs/04_moe.ipynb #7798fc93
 def regression(
     feature:Tensor,  # (N, F) frozen
     known:Tensor,    # (N, 1) 1 for items to learn from, 0 for others
@@ -51,9 +51,10 @@ def regression(
     rank:int,        # R, strongest directions of the feature that are looked at
 )->Tensor: # (N, R) Z: Z Z^T e are the fitted values of e; zero for others
     "Half of the hat matrix of a ridge regression on the centred directions of the feature."
-    x = F.normalize(feature-(feature*known).sum(0)/known.sum().clamp(min=1), dim=-1)*known                # (N, F)
-    strength, direction = torch.linalg.eigh(x.T.double()@x.double())                                      # ascending
-    return (x.double()@(direction[:, -rank:]/(strength[-rank:].clamp(min=0)+ridge).sqrt())).to(feature.dtype)
+    mean, strips = (feature*known).sum(0)/known.sum().clamp(min=1), [slice(a, a+2**16) for a in range(0, len(feature), 2**16)]
+    x = lambda some: (F.normalize(feature[some]-mean, dim=-1)*known[some]).double()                       # (strip, F)
+    strength, direction = torch.linalg.eigh(sum(x(some).T@x(some) for some in strips))                    # ascending
+    turn = direction[:, -rank:]/(strength[-rank:].clamp(min=0)+ridge).sqrt(); return torch.cat([(x(some)@turn).to(feature.dtype) for some in strips])
 
 # %% ../nbs/04_moe.ipynb #bd0ec9d3
 def evidence(
@@ -185,7 +186,7 @@ class MoEOut(NamedTuple):
     trust: Tensor   # (N+1, M) between 0 and 1
     balance: Tensor # () load-balance loss, 0 without `top_k`
 
-# %% ../nbs/04_moe.ipynb #7394912b
+# %% ../nbs/04_moe.ipynb #41c10b80
 class IDMoE(nn.Module):
     "Per modality: projection, experts, a gate fed by the item's ID, mixture, trust."
     def __init__(self,
@@ -212,18 +213,19 @@ class IDMoE(nn.Module):
     def project(self, features:list[Tensor])->list[Tensor]:  # M x (N+1, F) -> M x (N+1, D)
         return [expert.project(f) for expert, f in zip(self.experts, features)]
 
-    def forward(self, ids:Tensor, features:list[Tensor], present:Tensor, learn:Tensor|None=None, x:list[Tensor]|None=None, witness:Tensor|None=None)->MoEOut:
-        "ids (N+1, D); `learn` (K,): items that the balance loss looks at; `x`: what `project` gave; `witness` (N+1, D): the IDs that vouch, where they are not `ids`."
+    def forward(self, ids:Tensor, features:list[Tensor], present:Tensor, learn:Tensor|None=None, x:list[Tensor]|None=None, witness:Tensor|None=None, told:list[Tensor]|None=None)->MoEOut:
+        "ids (N+1, D); `learn` (K,): items that the balance loss looks at; `x`: what `project` gave; `witness` (N+1, D): the IDs that vouch, where they are not `ids`; `told` M x (N+1,): evidence that is known."
         x, witness = self.project(features) if x is None else x, ids if witness is None else witness
         if self.order is not None: ids, witness = ids[self.order], witness[self.order]
-        content, gates, trust, balance = zip(*(self.one(m, ids, witness, f, x[m], present[:, m], learn) for m, f in enumerate(features)))
+        if told is None: told = [None]*len(features) if self.agreement is None else [a(witness) for a in self.agreement]
+        content, gates, trust, balance = zip(*(self.one(m, ids, f, x[m], present[:, m], learn, told[m]) for m, f in enumerate(features)))
         content, trust = torch.stack(content), torch.stack(trust, 1); doubt = 1-trust.T[..., None]; doubt = doubt.index_fill(1, doubt.new_zeros(1, dtype=torch.long), 0.)  # (M, N+1, 1)
         return MoEOut(content, content+doubt*F.normalize(self.missing, dim=-1)[:, None], torch.stack(gates, 1), trust, sum(balance))
 
-    def one(self, m:int, ids:Tensor, witness:Tensor, feature:Tensor, x:Tensor, present:Tensor, learn:Tensor|None)->tuple[Tensor, ...]:
+    def one(self, m:int, ids:Tensor, feature:Tensor, x:Tensor, present:Tensor, learn:Tensor|None, told:Tensor|None)->tuple[Tensor, ...]:
         "One modality: content (N+1, D), gates (N+1, E), trust (N+1,), balance loss ()."
         gate, y = self.gates[m], self.experts[m](feature, x)                                              # (N+1, E, D)
-        out = gate(ids, x, y, self.agreement[m](witness) if gate.asks else None); trust = out.trust*present
+        out = gate(ids, x, y, told); trust = out.trust*present
         mixed = (out.gates[..., None]*y).sum(1).to(ids.dtype)                                             # (N+1, D)
         rows = learn[present[learn]] if gate.top_k and learn is not None else ()
         balance = load_balance(out.gates[rows], out.full[rows]) if len(rows) else ids.new_zeros(())

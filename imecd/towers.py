@@ -17,8 +17,8 @@ from .encoder import SequenceEncoder
 from .vq import ModalityVQ, VQOut
 
 # %% auto #0
-__all__ = ['unit', 'plot_blocks', 'Items', 'feature_table', 'ItemTower', 'mean_so_far', 'UserTower', 'pack_histories',
-           'seen_items', 'any_tied', 'Stored']
+__all__ = ['unit', 'plot_blocks', 'Items', 'feature_table', 'ItemTables', 'ItemTower', 'mean_so_far', 'UserTower',
+           'pack_histories', 'seen_items', 'any_tied', 'Stored']
 
 # %% ../nbs/07b_towers.ipynb #a297149b
 def unit(
@@ -59,9 +59,9 @@ def feature_table(
         raise ImecdError(f"streams={streams!r} needs features of {name}, which this data set does not offer; leave {name} out or make them")
     return torch.as_tensor(getattr(features, name)).float()
 
-# %% ../nbs/07b_towers.ipynb #f9f22ccb
-class ItemTower(nn.Module):
-    "IDs, features and the ID-MoE: what every item is, for histories and candidates alike."
+# %% ../nbs/07b_towers.ipynb #01de2a63
+class ItemTables(nn.Module):
+    "What is known of every item: its ID, its features, whether it was ever bought; and the networks that are asked about it."
     def __init__(self,
         config,                 # a ModelConfig
         n_items:int,            # N
@@ -75,7 +75,7 @@ class ItemTower(nn.Module):
         self.register_buffer('present', present[:, [MODALITIES.index(m) for m in self.modalities]].bool(), persistent=False)  # (N+1, M)
         self.register_buffer('warm', counts >= c.cold_below)                                        # (N+1,) uses its own ID
         used = self.has_id or c.gate not in ('self', *FIXED)                                        # by a stream, or by a gate
-        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*(.02 if c.score == 'cosine' else c.dim**-.5), requires_grad=used); self.ids.data[PAD] = 0; self.moe = self.pseudo = None
+        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*(.02 if c.score == 'cosine' else c.dim**-.5), requires_grad=used); self.ids.data[PAD] = 0; self.moe = self.pseudo = self.stock = None
         if not self.modalities: return
         kw = dict(gate=c.gate, top_k=c.top_k, noisy=c.noisy, raw=c.raw, residual=c.residual, dropout=c.feature_dropout, seed=c.seed)
         self.moe = IDMoE(self.features, self.present, self.warm & (counts > 0), c.dim, c.experts, **kw)
@@ -84,25 +84,50 @@ class ItemTower(nn.Module):
     @property
     def features(self)->list[Tensor]: return [getattr(self, f'features_{m}') for m in self.modalities]  # M x (N+1, F)
 
-    def forward(self, learn:Tensor|None=None)->Items:
-        "`learn` (K,): the items that the balance and pseudo-ID losses look at."
-        e, c, moe, off = self.ids.index_fill(0, torch.tensor([PAD], device=self.ids.device), 0.), self.config, None, None
+    def without_pad(self, e:Tensor)->Tensor: return e.index_fill(0, torch.tensor([PAD], device=e.device), 0.)  # (M, D), PAD first
+
+    @torch.no_grad()
+    def take_stock(self)->None:
+        "What some items cannot tell of themselves: everybody's evidence, and how long IDs are on average."
+        e = self.without_pad(self.ids); told = None if self.moe is None or self.moe.agreement is None else [a(e) for a in self.moe.agreement]
+        self.stock = told, e.norm(dim=-1).mean()
+
+# %% ../nbs/07b_towers.ipynb #76b70945
+class ItemTower(ItemTables):
+    "What every item is, for histories and candidates alike."
+    def forward(self, learn:Tensor|None=None, rows:Tensor|None=None)->Items:
+        "`learn` (K,): the places of items that the balance and pseudo-ID losses look at. `rows` (M,): make these items alone, PAD first."
+        if rows is not None and self.stock is None: self.take_stock()
+        some = (lambda x: x) if rows is None else lambda x: x[rows]; told, long = (None, None) if rows is None else self.stock
+        e, c, moe, off = self.without_pad(some(self.ids)), self.config, None, None
         if self.moe is not None:
-            own, x = e, self.moe.project(self.features)                                             # M x (N+1, D)
-            if self.pseudo is not None: e, off = self.stand_in(own, x, learn)
-            moe = self.moe(e, self.features, self.present, learn, x, own)
+            own, features, present, told = e, [some(f) for f in self.features], some(self.present), told and [some(t) for t in told]
+            x = self.moe.project(features)                                                          # M x (N+1, D)
+            if self.pseudo is not None: e, off = self.stand_in(own, x, learn, present, some(self.warm), long)
+            moe = self.moe(e, features, present, learn, x, own, told)
         first = [unit(e) if c.score == 'cosine' else e] if self.has_id else []
         blocks = [*first, *(() if moe is None else moe.content)]                                    # S x (N+1, D)
         z = sum(blocks) if c.item == 'sum' else torch.cat(blocks, -1)                               # (N+1, D_x)
         return Items(unit(z) if c.score == 'cosine' else z, torch.stack([*first, *(() if moe is None else moe.read)]), moe, off)
 
-    def stand_in(self, e:Tensor, x:list[Tensor], learn:Tensor|None)->tuple[Tensor, Tensor|None]:
+    def stand_in(self, e:Tensor, x:list[Tensor], learn:Tensor|None, present:Tensor, warm:Tensor, long:Tensor|None=None)->tuple[Tensor, Tensor|None]:
         "Items without a trained ID, and a random share of the others in training, get a pseudo-ID made of their content."
-        made = self.pseudo(torch.cat([unit(v)*p[:, None] for v, p in zip(x, self.present.T)], -1))  # (N+1, D)
-        made, swap = unit(made)*e.detach().norm(dim=-1).mean(), ~self.warm                          # as long as IDs are
+        made = self.pseudo(torch.cat([unit(v)*p[:, None] for v, p in zip(x, present.T)], -1))       # (N+1, D)
+        made, swap = unit(made)*(e.detach().norm(dim=-1).mean() if long is None else long), ~warm   # as long as IDs are
         if self.training: swap = swap | (torch.rand(len(e), device=e.device) < self.config.id_dropout)
         far = lambda rows: (1-F.cosine_similarity(made[rows], e[rows].detach(), dim=-1)).sum()/max(len(rows), 1)
-        return torch.where((swap & self.present.any(1))[:, None], made, e), None if learn is None else far(learn[self.warm[learn]])
+        return torch.where((swap & present.any(1))[:, None], made, e), None if learn is None else far(learn[warm[learn]])
+
+    @torch.no_grad()
+    def everything(self, at_once:int=2**16)->Items:
+        "All items for ranking, a few at a time: what is needed on the way to them never exists for all."
+        n, kept = len(self.ids), self.stock
+        if n <= at_once: return self()
+        self.take_stock()
+        parts = [self(None, torch.cat([torch.tensor([PAD], device=self.ids.device), torch.arange(a, min(a+at_once, n), device=self.ids.device)])) for a in range(1, n, at_once)]; self.stock = kept
+        join = lambda pick, d: torch.cat([pick(p).narrow(d, int(i > 0), pick(p).shape[d]-int(i > 0)) for i, p in enumerate(parts)], d)
+        moe = None if self.moe is None else MoEOut(*(join(lambda p, k=k: getattr(p.moe, k), d) for k, d in (('content', 1), ('read', 1), ('gates', 0), ('trust', 0))), parts[0].moe.balance)
+        return Items(join(lambda p: p.vectors, 0), join(lambda p: p.read, 1), moe, None)
 
 # %% ../nbs/07b_towers.ipynb #5d3ae216
 def mean_so_far(

@@ -98,7 +98,7 @@ def not_finite(
     bad = ', '.join(f'{name} is {float(x):.3g}' for name, x in values.items() if not math.isfinite(x))
     return ImecdError(f"{where}: {bad[:150]}; lower lr (now {config.lr:g}){', or set bf16 to false' if config.bf16 else ''}; if it happens at once, look for huge numbers in the features")
 
-# %% ../nbs/10_train.ipynb #875a3715
+# %% ../nbs/10_train.ipynb #8b477e15
 def train_epoch(
     model:IMECD,         # is changed, and left in training mode
     batches:Iterable[Batch], # an epoch of them
@@ -108,7 +108,8 @@ def train_epoch(
     processes:Processes|None=None, # that take the steps together
 )->dict[str, float]: # the loss, every term without its weight, the norm of the gradient before clipping, the share of each stream that its codes lose; means over the batches
     "One pass over the training histories."
-    processes, total, n = processes or Processes(model), {}, 0; model.train()
+    processes, total, n, model.cache = processes or Processes(model), {}, 0, None; model.train()
+    if model.sampled: model.table.take_stock()
     for batch in batches:
         with torch.autocast(batch.items.device.type, torch.bfloat16, enabled=config.bf16): out = processes.loss(batch, epoch < config.warmup)
         terms, where = {'loss': out.loss.detach(), **{k: v.detach() for k, v in out.parts.items()}}, f'epoch {epoch}, batch {n}'

@@ -21,7 +21,8 @@ N = 40
 SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, steps=6)
 EXACT = SMALL | dict(dropout=0., denoiser_dropout=0., commitment=.1, revive=2)
 CASES = {**{name: (name, {}) for name in PRESETS}, 'residual': ('imecd', {'levels': 2}), 'dot': ('imecd', {'score': 'dot', 'item': 'sum'}), 'nobody seen': ('imecd', {'seen': False}),
-         'gradient': ('imecd', {'learn': 'gradient'}), 'only negatives generated': ('imecd', {'contrast': 'generated', 'pure': 1.}), 'strips': ('imecd', {'chunk': 7})}
+         'gradient': ('imecd', {'learn': 'gradient'}), 'only negatives generated': ('imecd', {'contrast': 'generated', 'pure': 1.}), 'strips': ('imecd', {'chunk': 7}),
+         'sampled': ('imecd', {'softmax': 'sampled', 'negatives': 16})}
 
 
 def made(users=90):

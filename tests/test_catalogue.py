@@ -10,8 +10,9 @@ from imecd.core import ImecdError
 
 
 def plain(q, z, y, bias, seen, again):
-    "Every score written out."
-    s = (q@z.T).index_put((torch.arange(len(q))[:, None].expand_as(seen), seen), again, accumulate=True) if again is not None else q@z.T
+    "Every score written out; target and history count as they are."
+    r = torch.arange(len(q))[:, None]; s = (q@z.T).index_put((r.expand_as(seen), seen), again, accumulate=True) if again is not None else q@z.T
+    bias = bias.expand(len(q), -1).clone(); bias[r, seen] = bias[r[:, 0], y] = 0.
     return F.cross_entropy((s+bias)[:, 1:], y-1)
 
 

@@ -20,7 +20,8 @@ from imecd.diffusion import contrastive_loss
 from imecd.features import Features
 from imecd.histories import Interactions, Split, leave_one_out
 from imecd.metrics import evaluate
-from imecd.model import CHOICES, IMECD, LEAST, PRESETS, ModelConfig, Query, plot_rooms, room_table
+from imecd.model import CHOICES, IMECD, LEAST, PRESETS, ModelConfig, Query
+from imecd.rooms import plot_rooms, room_table
 from imecd.ranking import best, ranks
 from imecd.towers import any_tied, feature_table, mean_so_far, seen_items, unit
 
