@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ('convert', 'batches', 'knn', 'ranking', 'floor', 'peers', 'processes')
+NAMES = ('convert', 'batches', 'knn', 'ranking', 'floor', 'peers', 'processes', 'growth')
 DATA_OF = {'batches': 'amazon14_toys', 'knn': 'amazon18_games', 'floor': 'amazon18_instruments', 'peers': 'movielens_small', 'processes': 'amazon18_instruments'}
 
 

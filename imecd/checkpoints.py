@@ -19,7 +19,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     facts: dict # what JSON can write
 
-# %% ../nbs/09c_checkpoints.ipynb #ec533b36
+# %% ../nbs/09c_checkpoints.ipynb #36635acd
 def save_checkpoint(
     path:Path,    # NAME.safetensors
     tensors:dict, # name -> tensor, on any device
@@ -31,7 +31,7 @@ def save_checkpoint(
     header = {'facts': json.dumps(facts, allow_nan=False)}
     try:
         with whole(path) as part:
-            save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, part, header); os.chmod(part, 0o644)
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, header); os.chmod(part, 0o644)
             with open(part, 'rb') as f: os.fsync(f.fileno())
     except (OSError, SafetensorError) as e:
         raise ImecdError(f'{path} cannot be written ({e}); what was there before is unharmed: make room, or give a folder that can be written to') from e

@@ -14,9 +14,9 @@ import torch
 
 # %% auto #0
 __all__ = ['USER', 'ITEM', 'TIME', 'ORDER', 'DAY', 'RATING', 'EVENT_COLUMNS', 'PAD', 'MODALITIES', 'STREAMS', 'COLOURS', 'CYCLE',
-           'STYLE', 'ImecdError', 'configure', 'set_seed', 'Dropout', 'wide', 'Part', 'digest', 'rng', 'pick_device',
-           'whole', 'free_folder', 'whole_folder', 'save_json', 'load_json', 'load_array', 'progress', 'new_axes',
-           'label']
+           'STYLE', 'ImecdError', 'configure', 'set_seed', 'Dropout', 'wide', 'Part', 'digest', 'rng', 'same_rows',
+           'pick_device', 'whole', 'free_folder', 'whole_folder', 'save_json', 'load_json', 'load_array', 'progress',
+           'new_axes', 'label']
 
 # %% ../nbs/00_core.ipynb #11826dc6
 USER, ITEM, TIME, ORDER, DAY, RATING = 'user', 'item', 'timestamp', 'order', 'day_group', 'rating'
@@ -125,6 +125,18 @@ def rng(
 )->np.random.Generator:
     "A numpy generator that depends on its key alone."
     return np.random.default_rng(int(digest(*key)[:16], 16))
+
+# %% ../nbs/00_core.ipynb #8169d09d
+def same_rows(
+    x:torch.Tensor, # (N, D) floating point
+)->tuple[torch.Tensor, torch.Tensor]: # (V, D) each different row once; (N,) which of them each row is
+    "Find equal rows, exactly."
+    bits, odd = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()], torch.as_tensor(2*rng('same rows').integers(2**62, size=x.shape[1])+1, device=x.device)
+    group = torch.cat([((part+0.).view(bits)*odd).sum(1) for part in x.split(2**14)]).unique(return_inverse=True)[1]; every = torch.arange(len(x), device=x.device)
+    if len(x) == 0 or int(group.max())+1 == len(x): return x, every
+    different = x[torch.full((int(group.max())+1,), len(x), device=x.device).scatter_reduce(0, group, every, 'amin')]
+    same = all(torch.equal(a, different[b]) for a, b in zip(x.split(2**14), group.split(2**14)))
+    return (different, group) if same else x.unique(dim=0, return_inverse=True)
 
 # %% ../nbs/00_core.ipynb #202bf599
 def pick_device(

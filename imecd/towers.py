@@ -92,7 +92,7 @@ class ItemTables(nn.Module):
         e = self.without_pad(self.ids); told = None if self.moe is None or self.moe.agreement is None else [a(e) for a in self.moe.agreement]
         self.stock = told, e.norm(dim=-1).mean()
 
-# %% ../nbs/07b_towers.ipynb #76b70945
+# %% ../nbs/07b_towers.ipynb #722a1097
 class ItemTower(ItemTables):
     "What every item is, for histories and candidates alike."
     def forward(self, learn:Tensor|None=None, rows:Tensor|None=None)->Items:
@@ -121,13 +121,15 @@ class ItemTower(ItemTables):
     @torch.no_grad()
     def everything(self, at_once:int=2**16)->Items:
         "All items for ranking, a few at a time: what is needed on the way to them never exists for all."
-        n, kept = len(self.ids), self.stock
+        n, kept, out = len(self.ids), self.stock, None
         if n <= at_once: return self()
         self.take_stock()
-        parts = [self(None, torch.cat([torch.tensor([PAD], device=self.ids.device), torch.arange(a, min(a+at_once, n), device=self.ids.device)])) for a in range(1, n, at_once)]; self.stock = kept
-        join = lambda pick, d: torch.cat([pick(p).narrow(d, int(i > 0), pick(p).shape[d]-int(i > 0)) for i, p in enumerate(parts)], d)
-        moe = None if self.moe is None else MoEOut(*(join(lambda p, k=k: getattr(p.moe, k), d) for k, d in (('content', 1), ('read', 1), ('gates', 0), ('trust', 0))), parts[0].moe.balance)
-        return Items(join(lambda p: p.vectors, 0), join(lambda p: p.read, 1), moe, None)
+        for a in range(1, n, at_once):
+            rows = torch.arange(a-1, min(a+at_once, n), device=self.ids.device); rows[0] = PAD; part = self(None, rows); moe = part.moe
+            if out is None: room = lambda x, d: x.new_empty(*x.shape[:d], n, *x.shape[d+1:]); read = room(part.read, 1); out = Items(room(part.vectors, 0), read, moe and MoEOut(room(moe.content, 1), read[self.has_id:], room(moe.gates, 0), room(moe.trust, 0), moe.balance), None)
+            for d, to, x in ((0, out.vectors, part.vectors), (1, out.read, part.read), *(() if moe is None else ((1, out.moe.content, moe.content), (0, out.moe.gates, moe.gates), (0, out.moe.trust, moe.trust)))):
+                to.narrow(d, 0, 1).copy_(x.narrow(d, 0, 1)); to.narrow(d, a, len(rows)-1).copy_(x.narrow(d, 1, len(rows)-1))
+        self.stock = kept; return out
 
 # %% ../nbs/07b_towers.ipynb #5d3ae216
 def mean_so_far(

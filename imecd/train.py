@@ -171,17 +171,17 @@ def running_mean(
     optimiser.register_step_post_hook(lambda *_: mean.update_parameters(now))
     return mean
 
-# %% ../nbs/10_train.ipynb #70fb1446
+# %% ../nbs/10_train.ipynb #7d25d473
 @contextmanager
 def own_randomness(
     device:torch.device, # where the model is
 ):
     "Inside, torch's global generators may be seeded at will, and on a processor equal steps give equal bits; afterwards all is as it was."
-    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    strict, warns, fills = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        if device.type == 'cpu': torch.use_deterministic_algorithms(True)  # several threads otherwise add up gradients of one item in any order
+        if device.type == 'cpu': torch.use_deterministic_algorithms(True); torch.utils.deterministic.fill_uninitialized_memory = False  # several threads otherwise add up gradients of one item in any order
         try: yield
-        finally: torch.use_deterministic_algorithms(strict, warn_only=warns)
+        finally: torch.use_deterministic_algorithms(strict, warn_only=warns); torch.utils.deterministic.fill_uninitialized_memory = fills
 
 # %% ../nbs/10_train.ipynb #ff58491c
 def refuse_empty(
@@ -261,7 +261,7 @@ class Keeper:
         save_checkpoint(self.file('last'), tensors, {**self.belongs, 'rows': rows, 'minutes': minutes})
         with whole(self.folder/'history.jsonl') as part: part.write_text(''.join(json.dumps(row)+'\n' for row in rows), encoding='utf-8')
 
-# %% ../nbs/10_train.ipynb #9a105676
+# %% ../nbs/10_train.ipynb #a0186d53
 def fit(
     model:IMECD,            # is changed; ends at rest, with the parameters and codes of its best epoch
     data:SequenceData,      # training histories and validation questions
@@ -275,7 +275,7 @@ def fit(
     "Train, judge every epoch on validation, stop when it no longer gets better, keep the best."
     refuse_empty(data); c, started, rows, best = config or TrainConfig(), time.time(), [], Best(-1., 0, None); name, cases, steps = f'valid ndcg@{c.metric_k}', data.cases('valid'), data.n_targets/c.targets
     processes, main = Processes(model), is_main(); keeper = Keeper(folder, resume, {} if folder is None else belonging(model, data, c), main)
-    optimiser = torch.optim.Adam(model.parameters(), c.lr, weight_decay=c.weight_decay)
+    optimiser = torch.optim.Adam(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=data.device.type in ('cpu', 'cuda'))
     mean = running_mean(model, optimiser, c.average*steps)
     if (found := keeper.found()): (last, best), rows = found, found[0].facts['rows']; put_back(last.tensors, model, optimiser, mean); started -= 60*last.facts['minutes']
     schedule_lr(optimiser, c, steps, int(max([0, *(state['step'] for state in optimiser.state.values())])))
@@ -291,6 +291,7 @@ def fit(
                 row |= {'valid ndcg@10': float(ndcg(r, 10).mean()), name: float(ndcg(r, c.metric_k).mean()), **room_health(model, codes), 'targets/s': data.n_targets/took, 'seconds': time.time()-start}
                 if row[name] > best.value: best = Best(row[name], epoch, {k: v.clone() for k, v in model.state_dict().items()})
                 if callback: callback(epoch, row, model)
+            model.cache = None  # all items, made for validation, are not kept beside what comes next
             rows.append(row); report.tell(row, best.epoch); keeper.keep(rows, snapshot(model, optimiser, mean), best, (time.time()-started)/60)
     model.load_state_dict(best.state); model.eval()
     kept = [s for s in STREAMS if f'perplexity {s}' in rows[best.epoch]]
