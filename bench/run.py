@@ -1,6 +1,6 @@
 """Measure everything and write bench/results.json and bench/results.md.
 
-    python bench/run.py [NAME ...]             names: convert batches knn ranking floor peers processes growth; all by default, the others keep their last result
+    python bench/run.py [NAME ...]             names: convert batches knn ranking floor peers anchors processes growth; all by default, the others keep their last result
 
 Every measurement runs in a process of its own. Ratios compare two things measured in one run on one machine; seconds alone say little elsewhere.
 """
@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ('convert', 'batches', 'knn', 'ranking', 'floor', 'peers', 'processes', 'growth')
-DATA_OF = {'batches': 'amazon14_toys', 'knn': 'amazon18_games', 'floor': 'amazon18_instruments', 'peers': 'movielens_small', 'processes': 'amazon18_instruments'}
+NAMES = ('convert', 'batches', 'knn', 'ranking', 'floor', 'peers', 'anchors', 'processes', 'growth')
+DATA_OF = {'batches': 'amazon14_toys', 'knn': 'amazon18_games', 'floor': 'amazon18_instruments', 'peers': 'movielens_small', 'anchors': 'amazon18_instruments', 'processes': 'amazon18_instruments'}
 
 
 def measure(name):
