@@ -75,7 +75,7 @@ def rooms(model, batch):
 def measure(name, bf16=False):
     data = load_split(DATA/name, 'leave_one_out', 50); config, _ = configure_preset('imecd', {}, 50, 0); train = TrainConfig(warmup=0, bf16=bf16)
     features = stream_features(DATA/name, config.streams); model = IMECD.of(cut_streams(config, False, features)[0], data, features); model.place_codes(data); model.train()
-    optimiser = torch.optim.Adam(model.parameters(), 1e-3); running_mean(model, optimiser, 100); batches = list(itertools.islice(data.epoch(0, 0), 16))
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True); running_mean(model, optimiser, 100); batches = list(itertools.islice(data.epoch(0, 0), 16))
     step = lambda b: train_epoch(model, [b], optimiser, train, 1); step(batches[0]); took, floors = [], []
     for b in batches: start = time.perf_counter(); step(b); took.append(time.perf_counter()-start)
     for b in batches[:3]:

@@ -4,7 +4,8 @@
     python bench/growth.py point CACHE key=value ...   one point: softmax, length, sample_steps
 
 A point is `fit` on the prepared cache of a shop (no pictures), three epochs of which the first is a warm-up, with checkpoints: all training rows are held, but an epoch takes
-about sixteen steps, and 2,048 users are asked. `step ms` is the median of eight steps after it, `epoch s` that time for all steps of a whole epoch, `peak GB` what the process ever held.
+about sixteen steps, and 2,048 users are asked. `step ms` is the median of eight steps after it, `epoch s` that time for all steps of a whole epoch,
+`users per second` with making the items for ranking (`table s`), `peak GB` (10^9 bytes) what the process ever held. On a processor; the model reads IDs and texts.
 """
 import json
 import resource
@@ -25,7 +26,7 @@ from imecd.fitting import load_split, stream_features
 from imecd.histories import Interactions
 from imecd.model import IMECD, ModelConfig
 from imecd.shop import make_shop
-from imecd.train import TrainConfig, fit, own_randomness, validate
+from imecd.train import TrainConfig, fit, own_randomness, running_mean, validate
 
 STEPS, ASKED = 16, 2048
 ITEMS = [(n, softmax) for n in (10**3, 10**4, 10**5, 10**6) for softmax in ('full', 'sampled') if n < 10**6 or softmax == 'sampled']
@@ -41,16 +42,16 @@ def shortened(data, targets):
 
 def point(cache, softmax='auto', length='50', sample_steps='1'):
     "Train for a while; what a step and a question cost, and how much memory all of it took."
-    data = load_split(cache, 'leave_one_out', int(length)); features = stream_features(cache, 'id+text'); train = TrainConfig(epochs=3, warmup=1)
+    data = load_split(cache, 'leave_one_out', int(length), device='cpu'); features = stream_features(cache, 'id+text'); train = TrainConfig(epochs=3, warmup=1)
     model = IMECD.of(configure(ModelConfig, {'streams': 'id+text', 'softmax': softmax, 'length': int(length), 'sample_steps': int(sample_steps)}), data, features); some = shortened(data, train.targets)
     with tempfile.TemporaryDirectory() as tmp: fit(model, some, train, folder=Path(tmp)/'kept', show='none')
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20; optimiser = torch.optim.Adam(model.parameters(), 1e-4, fused=True); times = []
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024/1e9; optimiser = torch.optim.Adam(model.parameters(), 1e-4, fused=True); running_mean(model, optimiser, 100); times = []
     with own_randomness(data.device):
         model.train()
         for batch, _ in zip(some.epoch(1, 0, train.targets), range(10)):
             start = time.perf_counter(); optimiser.zero_grad(); model.loss(batch).loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 5.); optimiser.step(); times.append(time.perf_counter()-start)
-    model.eval(); step, cases = sorted(times[2:])[len(times[2:])//2], some.cases('valid'); start = time.perf_counter(); model.items(); table = time.perf_counter()-start
-    start = time.perf_counter(); validate(model, some, cases); asked = len(cases.users)/(time.perf_counter()-start)
+    model.eval(); step, cases = sorted(times[2:])[len(times[2:])//2], some.cases('valid'); model.cache = None; start = time.perf_counter(); model.items(); table = time.perf_counter()-start
+    model.cache = None; start = time.perf_counter(); validate(model, some, cases); asked = len(cases.users)/(time.perf_counter()-start)
     return {'items': data.n_items, 'users': data.n_users, 'events': len(data.events), 'softmax': 'sampled' if model.sampled else 'full', 'length': data.length, 'sample_steps': int(sample_steps),
             'step_ms': 1e3*step, 'epoch_s': step*data.n_targets/train.targets, 'table_s': table, 'users_per_second': asked, 'peak_GB': peak}
 

@@ -15,7 +15,7 @@ COMMAND = Path(sys.executable).with_name('imecd')
 def training(folder, out, world):
     "Targets per second of the last epoch, the first in which every term counts."
     cores = os.cpu_count(); launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(world), '--no-python'] if world > 1 else []
-    call = [*launcher, str(COMMAND), 'train', str(folder), '--out', str(out), '--epochs', '3']
+    call = [*launcher, str(COMMAND), 'train', str(folder), '--out', str(out), '--epochs', '3', '--device', 'cpu']
     subprocess.run(call, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': str(max(1, cores//world)), 'IMECD_PROGRESS': 'off'})
     return json.loads((out/'history.jsonl').read_text().splitlines()[-1])['targets/s']
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .core import ImecdError, whole
 
 # %% auto #0
-__all__ = ['Checkpoint', 'save_checkpoint', 'load_checkpoint', 'must_agree', 'clear_parts']
+__all__ = ['Checkpoint', 'unshared', 'save_checkpoint', 'load_checkpoint', 'must_agree', 'clear_parts']
 
 # %% ../nbs/09c_checkpoints.ipynb #46527ea8
 class Checkpoint(NamedTuple):
@@ -19,7 +19,17 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     facts: dict # what JSON can write
 
-# %% ../nbs/09c_checkpoints.ipynb #36635acd
+# %% ../nbs/09c_checkpoints.ipynb #7a17042d
+def unshared(
+    tensors:dict[str, Tensor], # some may be one tensor under two names
+)->dict[str, Tensor]:
+    "The same, each with memory of its own, as the format wants; copied only where it must be."
+    out, held = {}, set()
+    for name, x in tensors.items():
+        x = x.detach().contiguous(); out[name] = x.clone() if x.data_ptr() in held else x; held.add(x.data_ptr())
+    return out
+
+# %% ../nbs/09c_checkpoints.ipynb #981ce2e9
 def save_checkpoint(
     path:Path,    # NAME.safetensors
     tensors:dict, # name -> tensor, on any device
@@ -31,7 +41,7 @@ def save_checkpoint(
     header = {'facts': json.dumps(facts, allow_nan=False)}
     try:
         with whole(path) as part:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, header); os.chmod(part, 0o644)
+            save_file(unshared(tensors), part, header); os.chmod(part, 0o644)
             with open(part, 'rb') as f: os.fsync(f.fileno())
     except (OSError, SafetensorError) as e:
         raise ImecdError(f'{path} cannot be written ({e}); what was there before is unharmed: make room, or give a folder that can be written to') from e

@@ -79,7 +79,7 @@ class AnswerConfig:
     samples:int=1               # averaged
     scale:float=0.              # w of classifier-free guidance
 
-# %% ../nbs/08_model.ipynb #ccf24833
+# %% ../nbs/08_model.ipynb #8131d7a7
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(AnswerConfig, HistoryConfig, ItemConfig):
     "Every switch of the model; equal configurations and seeds give equal models."
@@ -91,7 +91,7 @@ class ModelConfig(AnswerConfig, HistoryConfig, ItemConfig):
     w_balance:float=.01         # experts used alike (with top_k)
     w_pseudo:float=.1           # pseudo-IDs like IDs
     mask_cold:bool=True         # never-trained items are no negatives
-    softmax:str='auto'          # in training over the `full` catalogue, over `sampled` items, or over all where that fits into memory
+    softmax:str='auto'          # in training over the `full` catalogue, over `sampled` items, or over all up to about 2 GB a step
     negatives:int=4096          # items drawn in a step, where they are sampled
     chunk:int=0                 # rows of scores at a time in training, 0 for what suits the device
     seed:int=0                  # of the start and of the noise
@@ -189,7 +189,7 @@ def never_asked(
     "Items that are no wrong answers, because they are never a right one."
     return counts == 0 if c.mask_cold and counts.any() else torch.zeros_like(counts, dtype=torch.bool)
 
-# %% ../nbs/08_model.ipynb #3388f63e
+# %% ../nbs/08_model.ipynb #f7f06c40
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
     def __init__(self,
@@ -203,7 +203,7 @@ class Scorer(Stored):
         self.log_scale = nn.Parameter(torch.tensor(1/config.temperature).log()) if config.score == 'cosine' else None
         self.again = nn.Parameter(torch.zeros(())) if config.seen else None
         out = never_asked(config, counts); self.register_buffer('bias', torch.zeros(n_items+1).masked_fill(out, -torch.inf)); self.sampled = is_sampled(config, n_items)
-        if self.sampled: self.register_buffer('chance', chances(counts, ~out), persistent=False)
+        self.chance = chances(counts, ~out) if self.sampled else None  # stays on the processor: double precision is not everywhere
 
     @property
     def repeat(self)->Tensor|None: return None if self.again is None else 100*self.again  # (); hundredfold, so that Adam's small steps get there

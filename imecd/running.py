@@ -67,7 +67,7 @@ def kept_training(
     if (folder/'history.jsonl').exists(): os.replace(folder/'history.jsonl', Path(out)/'history.jsonl')
     shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/11d_running.ipynb #4f56d9a6
+# %% ../nbs/11d_running.ipynb #00fd2026
 def train_run(
     folder:Path,          # a data set
     out:Path,             # run folder to make
@@ -86,8 +86,8 @@ def train_run(
     track=(),             # names of trackers
 )->Run|None: # None in a process that only helped to train
     "Train a model, measure it, write a run; what `imecd train` does."
-    may_begin(out, resume)
     if model not in PRESETS and not is_main(): return None
+    may_begin(out, resume)
     started = started or time.time(); data = load_split(folder, split, length, k_core, device); space, manifest = feature_space(folder, features)
     config, tables, figures, more = {'model': model, 'split': split, 'length': length, 'k_core': k_core, 'seed': seed}, {}, {}, {}
     with kept_training(out) as training:

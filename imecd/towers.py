@@ -59,7 +59,7 @@ def feature_table(
         raise ImecdError(f"streams={streams!r} needs features of {name}, which this data set does not offer; leave {name} out or make them")
     return torch.as_tensor(getattr(features, name)).float()
 
-# %% ../nbs/07b_towers.ipynb #01de2a63
+# %% ../nbs/07b_towers.ipynb #381b95d3
 class ItemTables(nn.Module):
     "What is known of every item: its ID, its features, whether it was ever bought; and the networks that are asked about it."
     def __init__(self,
@@ -86,13 +86,20 @@ class ItemTables(nn.Module):
 
     def without_pad(self, e:Tensor)->Tensor: return e.index_fill(0, torch.tensor([PAD], device=e.device), 0.)  # (M, D), PAD first
 
+    def _apply(self, fn, *args, **kw):
+        "Stock moves to another device together with everything else."
+        if self.stock is not None: told, long = self.stock; self.stock = told and [fn(t) for t in told], fn(long)
+        return super()._apply(fn, *args, **kw)
+
+    def _load_from_state_dict(self, *args, **kw): self.stock = None; super()._load_from_state_dict(*args, **kw)  # it was that of other IDs
+
     @torch.no_grad()
     def take_stock(self)->None:
         "What some items cannot tell of themselves: everybody's evidence, and how long IDs are on average."
         e = self.without_pad(self.ids); told = None if self.moe is None or self.moe.agreement is None else [a(e) for a in self.moe.agreement]
         self.stock = told, e.norm(dim=-1).mean()
 
-# %% ../nbs/07b_towers.ipynb #722a1097
+# %% ../nbs/07b_towers.ipynb #2d211a8e
 class ItemTower(ItemTables):
     "What every item is, for histories and candidates alike."
     def forward(self, learn:Tensor|None=None, rows:Tensor|None=None)->Items:
@@ -126,7 +133,9 @@ class ItemTower(ItemTables):
         self.take_stock()
         for a in range(1, n, at_once):
             rows = torch.arange(a-1, min(a+at_once, n), device=self.ids.device); rows[0] = PAD; part = self(None, rows); moe = part.moe
-            if out is None: room = lambda x, d: x.new_empty(*x.shape[:d], n, *x.shape[d+1:]); read = room(part.read, 1); out = Items(room(part.vectors, 0), read, moe and MoEOut(room(moe.content, 1), read[self.has_id:], room(moe.gates, 0), room(moe.trust, 0), moe.balance), None)
+            if out is None:
+                room = lambda x, d: x.new_empty(*x.shape[:d], n, *x.shape[d+1:]); read = room(part.read, 1)          # (S, N+1, D); what content streams read is a view of it
+                full = moe and MoEOut(room(moe.content, 1), read[self.has_id:], room(moe.gates, 0), room(moe.trust, 0), moe.balance); out = Items(room(part.vectors, 0), read, full, None)
             for d, to, x in ((0, out.vectors, part.vectors), (1, out.read, part.read), *(() if moe is None else ((1, out.moe.content, moe.content), (0, out.moe.gates, moe.gates), (0, out.moe.trust, moe.trust)))):
                 to.narrow(d, 0, 1).copy_(x.narrow(d, 0, 1)); to.narrow(d, a, len(rows)-1).copy_(x.narrow(d, 1, len(rows)-1))
         self.stock = kept; return out

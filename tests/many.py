@@ -1,5 +1,6 @@
 "What several processes run: `torchrun tests/many.py TASK FOLDER SETTINGS`; each writes what it found into FOLDER."
 import json
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 
+import imecd.vq
 from imecd.batch import sequence_data
 from imecd.core import configure
 from imecd.features import Features
@@ -19,7 +21,7 @@ from imecd.train import TrainConfig, fit, own_randomness, validate
 
 N = 40
 SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, steps=6)
-EXACT = SMALL | dict(dropout=0., denoiser_dropout=0., commitment=.1, revive=2)
+EXACT = SMALL | dict(dropout=0., denoiser_dropout=0., commitment=.1, codes=16, decay=.6, revive=1)
 CASES = {**{name: (name, {}) for name in PRESETS}, 'residual': ('imecd', {'levels': 2}), 'dot': ('imecd', {'score': 'dot', 'item': 'sum'}), 'nobody seen': ('imecd', {'seen': False}),
          'gradient': ('imecd', {'learn': 'gradient'}), 'only negatives generated': ('imecd', {'contrast': 'generated', 'pure': 1.}), 'strips': ('imecd', {'chunk': 7}),
          'sampled': ('imecd', {'softmax': 'sampled', 'negatives': 16})}
@@ -40,13 +42,16 @@ def steps(out, name, n):
     preset, changes = CASES[name]; data, features = made(); m = IMECD.of(configure(ModelConfig, EXACT | PRESETS[preset] | changes), data, features).double(); wire = Processes(m)
     optimiser, losses = torch.optim.Adam(m.parameters(), 1e-2), []; batches = [b for epoch in range(4) for b in data.epoch(0, epoch, 100)][:n]
     batches[5] = data.history(data.cases('valid'), torch.tensor([3])); batches[5] = batches[5]._replace(targets=batches[5].items.roll(1))
-    wire.seed(0)
+    wire.seed(0); revived, own = [0], imecd.vq.revive_codes
+
+    def counted(*args, **kw): dead = own(*args, **kw); revived[0] += int(dead.sum()); return dead
+    imecd.vq.revive_codes = counted
     for i, batch in enumerate(batches):
         if i == 3: m.place_codes(data); wire.agree(m.reader)
         m.train(); optimiser.zero_grad(); out_ = wire.loss(batch, i < 3); out_.loss.backward(); optimiser.step(); losses.append(wire.mean({'loss': out_.loss.detach()})['loss'])
-    assert len(batches) == n; state = torch.get_rng_state().numpy()
+    imecd.vq.revive_codes = own; assert len(batches) == n; state = torch.get_rng_state().numpy()
     grads = {f'grad {k}': p.grad.numpy() for k, p in m.named_parameters() if p.grad is not None}
-    np.savez(out/f'{name}.{wire.world}.{wire.rank}.npz', losses=losses, state=state, **grads, **{f'state {k}': v.numpy() for k, v in m.state_dict().items()})
+    np.savez(out/f'{name}.{wire.world}.{wire.rank}.npz', losses=losses, state=state, revived=revived[0], **grads, **{f'state {k}': v.numpy() for k, v in m.state_dict().items()})
 
 
 def training(out, config, folder=None, resume=False, seed=0, how='imecd', **changes):
@@ -68,6 +73,15 @@ def fails(out):
     except Exception as e: (out/f'{"main" if is_main() else "other"}.txt').write_text(f'{type(e).__name__}: {e}')
 
 
+def disagrees(out):
+    "Only the second process finds checkpoints."
+    data, features = made(); m = IMECD.of(configure(ModelConfig, SMALL), data, features); folder = out/f'kept {int(is_main())}'; world = os.environ.pop('WORLD_SIZE')
+    if not is_main(): rank = os.environ.pop('RANK'); fit(m, data, TrainConfig(epochs=1, targets=64), folder=folder); os.environ['RANK'] = rank
+    os.environ['WORLD_SIZE'] = world
+    try: fit(m, data, TrainConfig(epochs=1, targets=64), folder=folder, resume=True)
+    except Exception as e: (out/f'{"main" if is_main() else "other"}.txt').write_text(f'{type(e).__name__}: {e}')
+
+
 def all_steps(out, names):
     "Twenty of the full model, eight of others."
     torch.set_default_dtype(torch.float64)
@@ -77,4 +91,4 @@ def all_steps(out, names):
     finally: torch.set_default_dtype(torch.float32)
 
 
-if __name__ == '__main__': {'all_steps': all_steps, 'training': training, 'fails': fails}[sys.argv[1]](Path(sys.argv[2]), **json.loads(sys.argv[3]))
+if __name__ == '__main__': {'all_steps': all_steps, 'training': training, 'fails': fails, 'disagrees': disagrees}[sys.argv[1]](Path(sys.argv[2]), **json.loads(sys.argv[3]))

@@ -1,4 +1,6 @@
 "Some of a large catalogue: the sum is right on average, some items are what they are among all, a model learns from them."
+from dataclasses import replace
+
 import many
 import numpy as np
 import pytest
@@ -56,10 +58,36 @@ def test_some_items_are_what_they_are_among_all(walks, name):
 
 
 def test_evidence_is_as_old_as_the_last_stock(walks):
-    m = model_of(walks, softmax='sampled').train(); rows = torch.arange(6); torch.manual_seed(0)
-    first = m.table(None, rows).moe.trust; m.table.ids.data.normal_(); m.table.moe.agreement[0].root.normal_()
-    with torch.no_grad(): m.table.moe.gates[0].belief.weight.fill_(2.)
-    old = m.table.stock[0][0].clone(); m.table(None, rows); assert torch.equal(old, m.table.stock[0][0]); m.table.take_stock(); assert not torch.equal(old, m.table.stock[0][0]) and first is not None
+    "Other items' IDs move; what some items are stays, until stock is taken. Weights from elsewhere forget the stock, and it moves with the model."
+    m = model_of(walks, softmax='sampled').eval(); rows = torch.arange(6); m.table.ids.data.normal_()
+    for gate in m.table.moe.gates: gate.belief.weight.data.fill_(2.)
+    first = m.table(None, rows).moe.trust.detach(); m.table.ids.data[6:].normal_()
+    assert torch.equal(m.table(None, rows).moe.trust, first); m.table.take_stock(); assert not torch.equal(m.table(None, rows).moe.trust, first)
+    for forget in (lambda: m.load_state_dict(m.state_dict()), lambda: m.set_tensors(m.tensors())): m.table.take_stock(); forget(); assert m.table.stock is None
+    m.table.take_stock(); told, long = m.table.stock; m.double(); assert m.table.stock[1].dtype == torch.float64 and torch.allclose(m.table.stock[0][0].float(), told[0]) and len(told) == 2
+
+
+def test_after_training_the_stock_is_that_of_the_kept_epoch(walks):
+    m = model_of(walks, softmax='sampled', negatives=16); fit(m, walks[0], TrainConfig(epochs=2, targets=512)); rows = torch.arange(9); some = m.table(None, rows).moe.trust; whole = m.table().moe.trust[rows]
+    assert torch.allclose(some, whole, atol=1e-6)
+
+
+def test_a_training_from_some_goes_on(walks, tmp_path):
+    data, _ = walks; run = TrainConfig(epochs=4, targets=512); whole = model_of(walks, softmax='sampled', negatives=16); fit(whole, data, run)
+    fit(model_of(walks, softmax='sampled', negatives=16), data, replace(run, epochs=2), folder=tmp_path); other = model_of(walks, softmax='sampled', negatives=16); fit(other, data, run, folder=tmp_path, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_who_draws_by_itself_says_so(walks, monkeypatch):
+    monkeypatch.setattr('imecd.model.is_sampled', lambda *_: True); m = model_of(walks, negatives=16)
+    with pytest.warns(UserWarning, match='each draws 16'): fit(m, walks[0], TrainConfig(epochs=1, targets=2048))
+
+
+def test_the_last_item_is_never_drawn_without_a_chance():
+    p = torch.tensor([0., .3, .7, 0.]).double(); real = torch.rand
+    try: torch.rand = lambda *a, **k: torch.ones(*a, dtype=torch.float64); c = draw_candidates(p, torch.tensor([1]), 4)
+    finally: torch.rand = real
+    assert c.rows.tolist() == [PAD, 1, 2] and c.bias.isfinite().tolist() == [False, False, True]
 
 
 def test_ranking_in_between_leaves_the_stock(walks):

@@ -15,7 +15,7 @@ folder, name = Path(sys.argv[1]), sys.argv[2]
 data = load_split(folder, 'leave_one_out', 50); config, _ = configure_preset(name, {}, 50, 0); features = stream_features(folder, config.streams)
 model = IMECD.of(cut_streams(config, False, features)[0], data, features); train = TrainConfig(warmup=0, bf16='bf16' in sys.argv[3:])
 if model.reader.vq is not None: model.place_codes(data)
-optimiser = torch.optim.Adam(model.parameters(), 1e-3); running_mean(model, optimiser, 100)
+optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True); running_mean(model, optimiser, 100)
 batches = list(itertools.islice(data.epoch(0, 0), 44)); train_epoch(model, batches[:4], optimiser, train, 1)
 start = time.perf_counter(); train_epoch(model, batches[4:], optimiser, train, 1); took = time.perf_counter()-start
 cases = data.cases('valid'); validate(model, data, cases); start = time.perf_counter(); validate(model, data, cases); ranked = time.perf_counter()-start
