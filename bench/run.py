@@ -34,9 +34,24 @@ def processor():
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def goals(results):
+    "What was aimed at, what was measured, and whether that is enough: name, value, bound, whether the value must lie below it."
+    floor, peers = (results.get(name, {'tables': [{}]})['tables'][0] for name in ('floor', 'peers')); growth = results.get('growth', {'rows': {'items': []}})['rows']['items']
+    for data in ('amazon18_instruments', 'amazon14_toys'):
+        if data in floor: yield f'an epoch of IMECD on {data}, over its floor', floor[data]['epoch_over_floor'], 2.5, True; yield 'its evaluation, over the floor', floor[data]['evaluation_over_floor'], 2, True
+    for data, sasrec, imecd in (('movielens_small', 20, 5), ('amazon14_toys', 7, 1)):
+        if f'{data}, our SASRec' not in peers: continue
+        ours, full, replay = (peers[f'{data}, {name}'] for name in ('our SASRec', 'our IMECD', "RePlay's SASRec"))
+        yield f"training of our SASRec on {data}, over RecBole's", ours['training_over_RecBole'], sasrec, False; yield "the same, over RePlay's", ours['targets_per_second']/replay['targets_per_second'], 1, False
+        yield f"training of IMECD on {data}, over RecBole's SASRec", full['training_over_RecBole'], imecd, False; yield f"ranking of our SASRec on {data}, over RecBole's", ours['ranking_over_RecBole'], 10, False; yield f"ranking of IMECD on {data}, over RecBole's SASRec", full['ranking_over_RecBole'], 10, False
+    for row in growth:
+        if row['items'] == 10**6: yield 'memory of a training over a million items, GB', row['peak_GB'], 6, True
+
+
 def page(results):
-    "results.md: a section a measurement."
-    lines = ['# Measurements', '', 'Written by `make bench`; the numbers behind it are in `results.json`.', '']
+    "results.md: what was aimed at, then a section a measurement."
+    lines = ['# Measurements', '', 'Written by `make bench`; the numbers behind it are in `results.json`.', '', '| goal | bound | measured | |', '|---|---|---|---|']
+    lines += [f"| {name} | {'at most' if below else 'at least'} {bound:g} | {value:.2f} | {'met' if (value <= bound) == below or value == bound else 'missed'} |" for name, value, bound, below in goals(results)]+['', *([] if any('cuda' in str(r) for r in results.values()) else ['Nothing here was measured on a GPU.']), '']
     for name, r in results.items():
         origin = f"`{r['command']}`, {r['date']}, commit {r['commit']}, {r['processor']}, {r['cores']} cores, OMP_NUM_THREADS {r['threads']}, " + ', '.join(f'{k} {v}' for k, v in r['versions'].items())
         doc = (HERE/f'{name}.py').read_text().split('"""')[1].strip()
