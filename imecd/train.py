@@ -99,7 +99,7 @@ def not_finite(
     bad = ', '.join(f'{name} is {float(x):.3g}' for name, x in values.items() if not math.isfinite(x))
     return ImecdError(f"{where}: {bad[:150]}; lower lr (now {config.lr:g}){', or set bf16 to false' if config.bf16 else ''}; if it happens at once, look for huge numbers in the features")
 
-# %% ../nbs/10_train.ipynb #8fbf2eec
+# %% ../nbs/10_train.ipynb #4110598b
 def train_epoch(
     model:IMECD,         # is changed, and left in training mode
     batches:Iterable[Batch], # an epoch of them
@@ -107,7 +107,7 @@ def train_epoch(
     config:TrainConfig,  # clip, precision and warm-up
     epoch:int=0,         # from 0
     processes:Processes|None=None, # that take the steps together
-)->dict[str, float]: # the loss, every term without its weight, the norm of the gradient before clipping, the share of each stream that its codes lose; means over the batches
+)->dict[str, float]: # the loss, every term without its weight, the norm of the gradient before clipping, the share of each stream that its codes lose; means over the batches (that share, of each process by itself, also over processes)
     "One pass over the training histories."
     processes, total, n, model.cache = processes or Processes(model), {}, 0, None; model.train()
     if model.sampled: model.table.take_stock()
