@@ -55,7 +55,7 @@ def page(results):
     for name, r in results.items():
         origin = f"`{r['command']}`, {r['date']}, commit {r['commit']}, {r['processor']}, {r['cores']} cores, OMP_NUM_THREADS {r['threads']}, " + ', '.join(f'{k} {v}' for k, v in r['versions'].items())
         doc = (HERE/f'{name}.py').read_text().split('"""')[1].strip()
-        lines += [f'## {name}', '', doc, '', *table(r), '', origin, '']
+        lines += [f'## {name}', '', doc, '', *table(r), '', *([r['note'], ''] if 'note' in r else []), origin, '']
     return '\n'.join(lines)
 
 
@@ -65,7 +65,7 @@ def number(v): return f'{v:,.4g}' if isinstance(v, float) and abs(v) < 1000 else
 def table(result):
     "Nested results side by side, plain ones below each other; of `tables`, a row a name."
     if 'tables' in result: return [line for rows in result['tables'] for line in ['| | '+' | '.join(k.replace('_', ' ') for k in next(iter(rows.values())))+' |', '|---'*(len(next(iter(rows.values())))+1)+'|', *(f'| {name} | '+' | '.join(map(number, row.values()))+' |' for name, row in rows.items()), '']]
-    skip = {'command', 'date', 'commit', 'cores', 'processor', 'versions', 'threads'}
+    skip = {'note', 'command', 'date', 'commit', 'cores', 'processor', 'versions', 'threads'}
     sides = {k: v for k, v in result.items() if isinstance(v, dict) and k not in skip}; plain = {k: v for k, v in result.items() if k not in sides and k not in skip}
     out = ['| | value |', '|---|---|', *(f'| {k.replace("_", " ")} | {number(v)} |' for k, v in plain.items())]
     if sides: out += ['', '| | '+' | '.join(sides)+' |', '|---'*(len(sides)+1)+'|', *(f'| {k.replace("_", " ")} | '+' | '.join(number(s[k]) for s in sides.values())+' |' for k in next(iter(sides.values())))]

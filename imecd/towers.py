@@ -99,7 +99,7 @@ class ItemTables(nn.Module):
         e = self.without_pad(self.ids); told = None if self.moe is None or self.moe.agreement is None else [a(e) for a in self.moe.agreement]
         self.stock = told, e.norm(dim=-1).mean()
 
-# %% ../nbs/07b_towers.ipynb #2d211a8e
+# %% ../nbs/07b_towers.ipynb #e1075a16
 class ItemTower(ItemTables):
     "What every item is, for histories and candidates alike."
     def forward(self, learn:Tensor|None=None, rows:Tensor|None=None)->Items:
@@ -129,7 +129,7 @@ class ItemTower(ItemTables):
     def everything(self, at_once:int=2**16)->Items:
         "All items for ranking, a few at a time: what is needed on the way to them never exists for all."
         n, kept, out = len(self.ids), self.stock, None
-        if n <= at_once: return self()
+        if n <= at_once or self.moe is not None and self.moe.order is not None: return self()                         # a stranger's ID may lie in another part
         self.take_stock()
         for a in range(1, n, at_once):
             rows = torch.arange(a-1, min(a+at_once, n), device=self.ids.device); rows[0] = PAD; part = self(None, rows); moe = part.moe

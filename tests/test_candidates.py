@@ -57,11 +57,15 @@ def test_some_items_are_what_they_are_among_all(walks, name):
             for key in ('content', 'read', 'gates', 'trust'): assert torch.allclose(getattr(every.moe, key), getattr(whole.moe, key), atol=1e-6), key
 
 
+def test_strangers_are_looked_up_among_all(walks):
+    m = model_of(walks, 'shuffled_gate').eval(); m.table.ids.data.normal_(); assert torch.equal(m.table.everything(7).vectors, m.table().vectors)
+
+
 def test_evidence_is_as_old_as_the_last_stock(walks):
     "Other items' IDs move; what some items are stays, until stock is taken. Weights from elsewhere forget the stock, and it moves with the model."
-    m = model_of(walks, softmax='sampled').eval(); rows = torch.arange(6); m.table.ids.data.normal_()
+    torch.manual_seed(0); m = model_of(walks, softmax='sampled').eval(); rows = torch.arange(6); m.table.ids.data = m.table.features_text@torch.randn(6, 8)     # the content tells the ID
     for gate in m.table.moe.gates: gate.belief.weight.data.fill_(2.)
-    first = m.table(None, rows).moe.trust.detach(); m.table.ids.data[6:].normal_()
+    first = m.table(None, rows).moe.trust.detach(); assert (first[1:, 0] > .95).all(); m.table.ids.data[6:].normal_()
     assert torch.equal(m.table(None, rows).moe.trust, first); m.table.take_stock(); assert not torch.equal(m.table(None, rows).moe.trust, first)
     for forget in (lambda: m.load_state_dict(m.state_dict()), lambda: m.set_tensors(m.tensors())): m.table.take_stock(); forget(); assert m.table.stock is None
     m.table.take_stock(); told, long = m.table.stock; m.double(); assert m.table.stock[1].dtype == torch.float64 and torch.allclose(m.table.stock[0][0].float(), told[0]) and len(told) == 2
