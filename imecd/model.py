@@ -189,7 +189,7 @@ def never_asked(
     "Items that are no wrong answers, because they are never a right one."
     return counts == 0 if c.mask_cold and counts.any() else torch.zeros_like(counts, dtype=torch.bool)
 
-# %% ../nbs/08_model.ipynb #f7f06c40
+# %% ../nbs/08_model.ipynb #de7e9fef
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
     def __init__(self,
@@ -200,13 +200,13 @@ class Scorer(Stored):
     ):
         super().__init__(); self.config, self.n_items, self.cache = config, n_items, None
         self.table, self.reader = ItemTower(config, n_items, features, counts), UserTower(config)
-        self.log_scale = nn.Parameter(torch.tensor(1/config.temperature).log()) if config.score == 'cosine' else None
-        self.again = nn.Parameter(torch.zeros(())) if config.seen else None
+        self.log_scale = nn.Parameter(torch.tensor([1/config.temperature]).log()) if config.score == 'cosine' else None  # one number each, but no scalars: FSDP2 shares out rows
+        self.again = nn.Parameter(torch.zeros(1)) if config.seen else None
         out = never_asked(config, counts); self.register_buffer('bias', torch.zeros(n_items+1).masked_fill(out, -torch.inf)); self.sampled = is_sampled(config, n_items)
         self.chance = chances(counts, ~out) if self.sampled else None  # stays on the processor: double precision is not everywhere
 
     @property
-    def repeat(self)->Tensor|None: return None if self.again is None else 100*self.again  # (); hundredfold, so that Adam's small steps get there
+    def repeat(self)->Tensor|None: return None if self.again is None else 100*self.again[0]  # (); hundredfold, so that Adam's small steps get there
 
     def ask(self, q:Tensor)->Tensor:  # (P, D_x)
         "A query as the score wants it: for `cosine` of length 1/temperature."

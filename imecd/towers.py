@@ -48,18 +48,18 @@ class Items(NamedTuple):
     moe: MoEOut|None     # of the content streams
     pseudo: Tensor|None  # () how far pseudo-IDs are from IDs
 
-# %% ../nbs/07b_towers.ipynb #68577449
+# %% ../nbs/07b_towers.ipynb #ef0ec003
 def feature_table(
     features:Features|None,
     name:str,    # of the modality
     streams:str, # of the configuration, for the message
-)->Tensor: # (N+1, F) float32
+)->Tensor: # (N+1, F) float32, or float16 where they are stored so
     "One modality's features, or what is missing."
     if getattr(features, name, None) is None:
         raise ImecdError(f"streams={streams!r} needs features of {name}, which this data set does not offer; leave {name} out or make them")
-    return torch.as_tensor(getattr(features, name)).float()
+    x = torch.as_tensor(getattr(features, name)); return x if x.dtype == torch.float16 else x.float()
 
-# %% ../nbs/07b_towers.ipynb #381b95d3
+# %% ../nbs/07b_towers.ipynb #dc8813ed
 class ItemTables(nn.Module):
     "What is known of every item: its ID, its features, whether it was ever bought; and the networks that are asked about it."
     def __init__(self,
@@ -75,7 +75,7 @@ class ItemTables(nn.Module):
         self.register_buffer('present', present[:, [MODALITIES.index(m) for m in self.modalities]].bool(), persistent=False)  # (N+1, M)
         self.register_buffer('warm', counts >= c.cold_below)                                        # (N+1,) uses its own ID
         used = self.has_id or c.gate not in ('self', *FIXED)                                        # by a stream, or by a gate
-        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*(.02 if c.score == 'cosine' else c.dim**-.5), requires_grad=used); self.ids.data[PAD] = 0; self.moe = self.pseudo = self.stock = None
+        self.ids = nn.Parameter(torch.randn(n_items+1, c.dim)*(.02 if c.score == 'cosine' else c.dim**-.5), requires_grad=used); self.ids.data[PAD] = 0; self.moe = self.pseudo = self.stock = self.look_up = None
         if not self.modalities: return
         kw = dict(gate=c.gate, top_k=c.top_k, noisy=c.noisy, raw=c.raw, residual=c.residual, dropout=c.feature_dropout, seed=c.seed)
         self.moe = IDMoE(self.features, self.present, self.warm & (counts > 0), c.dim, c.experts, **kw)
@@ -99,16 +99,16 @@ class ItemTables(nn.Module):
         e = self.without_pad(self.ids); told = None if self.moe is None or self.moe.agreement is None else [a(e) for a in self.moe.agreement]
         self.stock = told, e.norm(dim=-1).mean()
 
-# %% ../nbs/07b_towers.ipynb #e1075a16
+# %% ../nbs/07b_towers.ipynb #864311ac
 class ItemTower(ItemTables):
     "What every item is, for histories and candidates alike."
     def forward(self, learn:Tensor|None=None, rows:Tensor|None=None)->Items:
         "`learn` (K,): the places of items that the balance and pseudo-ID losses look at. `rows` (M,): make these items alone, PAD first."
         if rows is not None and self.stock is None: self.take_stock()
         some = (lambda x: x) if rows is None else lambda x: x[rows]; told, long = (None, None) if rows is None else self.stock
-        e, c, moe, off = self.without_pad(some(self.ids)), self.config, None, None
+        e, c, moe, off = self.without_pad(some(self.ids) if self.look_up is None else self.look_up(rows)), self.config, None, None
         if self.moe is not None:
-            own, features, present, told = e, [some(f) for f in self.features], some(self.present), told and [some(t) for t in told]
+            own, features, present, told = e, [wide(some(f)) for f in self.features], some(self.present), told and [some(t) for t in told]
             x = self.moe.project(features)                                                          # M x (N+1, D)
             if self.pseudo is not None: e, off = self.stand_in(own, x, learn, present, some(self.warm), long)
             moe = self.moe(e, features, present, learn, x, own, told)

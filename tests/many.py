@@ -17,6 +17,7 @@ from imecd.features import Features
 from imecd.histories import Interactions, leave_one_out
 from imecd.model import IMECD, PRESETS, ModelConfig
 from imecd.processes import Processes, is_main
+from imecd.shards import ShardedProcesses, gathered
 from imecd.train import TrainConfig, fit, own_randomness, validate
 
 N = 40
@@ -24,7 +25,7 @@ SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, 
 EXACT = SMALL | dict(dropout=0., denoiser_dropout=0., commitment=.1, codes=16, decay=.6, revive=1)
 CASES = {**{name: (name, {}) for name in PRESETS}, 'residual': ('imecd', {'levels': 2}), 'dot': ('imecd', {'score': 'dot', 'item': 'sum'}), 'nobody seen': ('imecd', {'seen': False}),
          'gradient': ('imecd', {'learn': 'gradient'}), 'only negatives generated': ('imecd', {'contrast': 'generated', 'pure': 1.}), 'strips': ('imecd', {'chunk': 7}),
-         'sampled': ('imecd', {'softmax': 'sampled', 'negatives': 16})}
+         'sampled': ('imecd', {'softmax': 'sampled', 'negatives': 16}), **{f'in parts, {name}': (name, {'softmax': 'sampled', 'negatives': 16}) for name in ('imecd', 'sasrec', 'wo_idmoe')}}
 
 
 def made(users=90):
@@ -39,7 +40,7 @@ def made(users=90):
 
 def steps(out, name, n):
     "Steps in double precision, the first three a warm-up; a batch of one row is among them."
-    preset, changes = CASES[name]; data, features = made(); m = IMECD.of(configure(ModelConfig, EXACT | PRESETS[preset] | changes), data, features).double(); wire = Processes(m)
+    preset, changes = CASES[name]; data, features = made(); m = IMECD.of(configure(ModelConfig, EXACT | PRESETS[preset] | changes), data, features).double(); wire = (ShardedProcesses if name.startswith('in parts') else Processes)(m)
     optimiser, losses = torch.optim.Adam(m.parameters(), 1e-2), []; batches = [b for epoch in range(4) for b in data.epoch(0, epoch, 100)][:n]
     batches[5] = data.history(data.cases('valid'), torch.tensor([3])); batches[5] = batches[5]._replace(targets=batches[5].items.roll(1))
     wire.seed(0); revived, own = [0], imecd.vq.revive_codes
@@ -47,10 +48,11 @@ def steps(out, name, n):
     def counted(*args, **kw): dead = own(*args, **kw); revived[0] += int(dead.sum()); return dead
     imecd.vq.revive_codes = counted
     for i, batch in enumerate(batches):
-        if i == 3: m.place_codes(data); wire.agree(m.reader)
+        if i == 3:
+            with wire.whole(): m.place_codes(data); wire.agree(m.reader)
         m.train(); optimiser.zero_grad(); out_ = wire.loss(batch, i < 3); out_.loss.backward(); optimiser.step(); losses.append(wire.mean({'loss': out_.loss.detach()})['loss'])
     imecd.vq.revive_codes = own; assert len(batches) == n; state = torch.get_rng_state().numpy()
-    grads = {f'grad {k}': p.grad.numpy() for k, p in m.named_parameters() if p.grad is not None}
+    grads = {f'grad {k}': gathered(p.grad).numpy() for k, p in m.named_parameters() if p.grad is not None}; wire.finish()
     np.savez(out/f'{name}.{wire.world}.{wire.rank}.npz', losses=losses, state=state, revived=revived[0], **grads, **{f'state {k}': v.numpy() for k, v in m.state_dict().items()})
 
 
