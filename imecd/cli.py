@@ -76,15 +76,16 @@ def shop(
     data = load_interactions(out)
     typer.echo(f'{out}: {data.n_users:,} users, {data.n_items:,} items, {len(data.events):,} events, {time.time()-start:.1f} s')
 
-# %% ../nbs/15_cli.ipynb #1dccf179
+# %% ../nbs/15_cli.ipynb #ef0d4c9a
 @data_app.command('cache', epilog='Example: imecd data cache shop shop_cache')
 def cache(
     folder:Folder,
     out:Annotated[Path, typer.Argument(help='Folder to make; `train` and `eval` read it as they read a data set.')],
     k_core:KCore=0,
+    half:Annotated[bool, typer.Option(help='Features in half precision: half the bytes.')]=False,
 ):
     "Prepare a data set for training elsewhere: two files, read without polars, pictures or texts."
-    start = time.time(); make_cache(folder, out, k_core)
+    start = time.time(); make_cache(folder, out, k_core, half=half)
     typer.echo(f"{out}: {sum(p.stat().st_size for p in out.iterdir())/1e6:,.1f} MB, {time.time()-start:.1f} s")
 
 # %% ../nbs/15_cli.ipynb #5d1cf51a

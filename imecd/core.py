@@ -107,7 +107,7 @@ class Part(NamedTuple):
         own = ((at >= self.start) & (at < self.stop)).view(-1, *[1]*(x.ndim-1))
         return self.sum(torch.where(own, x[(at-self.start).clamp(0, len(x)-1)], 0))
 
-# %% ../nbs/00_core.ipynb #86583272
+# %% ../nbs/00_core.ipynb #0d61f207
 def digest(
     *parts, # numbers, strings, bytes or arrays
 )->str: # 64 hexadecimal digits
@@ -115,8 +115,8 @@ def digest(
     h = hashlib.sha256()
     for part in parts:
         kind = part.dtype.str if isinstance(part, np.ndarray) else type(part).__name__
-        data = np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else part if isinstance(part, bytes) else str(part).encode()
-        h.update(f'{kind}:{len(data)}:'.encode() + data)
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8) if isinstance(part, np.ndarray) else part if isinstance(part, bytes) else str(part).encode()
+        h.update(f'{kind}:{len(data)}:'.encode()); h.update(data)  # in place: an array may be larger than the memory
     return h.hexdigest()
 
 # %% ../nbs/00_core.ipynb #080b40f2

@@ -11,9 +11,9 @@ from .core import COLOURS, CYCLE, MODALITIES, ImecdError, digest, label, load_ar
 from .files import short
 
 # %% auto #0
-__all__ = ['SCHEMA', 'CODE_WIDTH', 'Vectors', 'describe', 'Features', 'padded', 'join_features', 'load_manifest', 'save_features',
-           'check_ids', 'from_npy', 'code_columns', 'reduce_width', 'from_codes', 'load_codes', 'project', 'plot_map',
-           'plot_missing']
+__all__ = ['SCHEMA', 'CODE_WIDTH', 'Vectors', 'describe', 'Features', 'padded', 'joint_hash', 'join_features', 'load_manifest',
+           'save_features', 'check_ids', 'from_npy', 'code_columns', 'reduce_width', 'from_codes', 'load_codes',
+           'project', 'plot_map', 'plot_missing']
 
 # %% ../nbs/03_features.ipynb #d293ae3c
 class Vectors(NamedTuple):
@@ -35,11 +35,11 @@ def describe(
     return {'encoder': encoder, 'revision': revision, 'normalisation': normalisation, 'fields': list(fields), 'file': file,
             'problems': problems or {}}
 
-# %% ../nbs/03_features.ipynb #18d42e49
+# %% ../nbs/03_features.ipynb #72689e44
 class Features(NamedTuple):
     "Frozen features of all items: row i of a matrix is the item with dense id i."
-    text: np.ndarray|None  # (N+1, F_t) float32; row 0 and missing rows are zero
-    image: np.ndarray|None # (N+1, F_v) float32
+    text: np.ndarray|None  # (N+1, F_t) float32, from a cache also float16; row 0 and missing rows are zero
+    image: np.ndarray|None # (N+1, F_v) the same
     present: np.ndarray    # (N+1, M) bool, columns as in `MODALITIES`
     manifest: dict         # what `save_json` can write
     @property
@@ -65,7 +65,14 @@ def padded(
         raise ImecdError(f'{where}, row {bad[0]-1} (item {short(ids[bad[0]-1])}): not a finite number; {len(bad)} such rows: mend or mask them')
     return out, out.any(1)
 
-# %% ../nbs/03_features.ipynb #aca605ab
+# %% ../nbs/03_features.ipynb #b2023dc3
+def joint_hash(
+    manifest:dict, # of features
+)->str: # 64 hexadecimal digits
+    "One hash for items and all their features."
+    return digest(manifest['items']['hash'], *(str(manifest[m] and manifest[m]['hash']) for m in MODALITIES))
+
+# %% ../nbs/03_features.ipynb #d43b6199
 def join_features(
     ids:list[str],           # raw item ids, in the order of items.parquet
     text:Vectors|None=None,   # rows of text, or None
@@ -84,7 +91,7 @@ def join_features(
             raise ImecdError(f"{source.about['file']} is not the file that features.json describes; write it again, or delete features.json")
         manifest[name] = {'dtype': str(source.values.dtype), 'width': tables[name].shape[1], 'missing': n-int(present[:, m].sum()),
                           **source.about, 'hash': found}
-    manifest['hash'] = digest(manifest['items']['hash'], *(str(manifest[m] and manifest[m]['hash']) for m in MODALITIES))
+    manifest['hash'] = joint_hash(manifest)
     return Features(**tables, present=present, manifest=manifest)
 
 # %% ../nbs/03_features.ipynb #8d9b42a0

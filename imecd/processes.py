@@ -51,7 +51,7 @@ def _leave()->None:
     gc.collect()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/09e_processes.ipynb #503c5f9e
+# %% ../nbs/09e_processes.ipynb #fca3aeb3
 class Processes:
     "What the processes of a training say to each other; one alone says nothing."
     def __init__(self,
@@ -59,8 +59,7 @@ class Processes:
     ):
         self.model, self.device, self.world, self.rank = model, model.bias.device, int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
         self.net, self.inner, self.phase = None, _Loss(model), None
-        if self.world > 1 and not torch.distributed.is_initialized(): atexit.register(_leave)
-        if self.world > 1: self.wrap(True)
+        if self.world > 1: atexit.register(_leave); self.wrap(True)
 
     def wrap(self, warmup:bool)->None:
         "Ready for a phase of the training."

@@ -28,7 +28,7 @@ from .reports import History, Report, stage, start_trackers
 __all__ = ['TrainConfig', 'validate', 'room_health', 'not_finite', 'train_epoch', 'lr_share', 'schedule_lr', 'wear',
            'running_mean', 'own_randomness', 'refuse_empty', 'say_sampled', 'belonging', 'Best', 'Keeper', 'fit']
 
-# %% ../nbs/10_train.ipynb #4e086098
+# %% ../nbs/10_train.ipynb #49e36fca
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train."
@@ -44,7 +44,7 @@ class TrainConfig:
     warmup:int=2        # epochs in which the condition answers alone; then the codes are placed
     metric_k:int=20     # NDCG@k on validation chooses the epoch
     bf16:bool=False     # matrix products in bfloat16, sums and losses in float32
-    shard:bool=False    # of several processes, each holds a part of the IDs and of their moments; see chapter 09f
+    shard:bool=False    # of several processes, each holds a part of the IDs and their moments (chapter 09f); needs sampled softmax
     seed:int=0
     def __post_init__(self):
         for name, least in (('epochs', 1), ('patience', 1), ('targets', 1), ('warmup', 0), ('metric_k', 1), ('seed', 0)):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from imecd.cache import choose_features, is_cache, load_cache, make_cache
+from imecd.cache import choose_features, halved, is_cache, load_cache, make_cache
 from imecd.core import ImecdError
 from imecd.encode import load_features
 from imecd.fitting import load_split, stream_features
@@ -58,7 +58,7 @@ def test_features_can_be_chosen_and_are_checked(shop, cache):
     features = load_cache(cache)[1]; assert choose_features(features, ['text']).hash == load_features(shop, image='none').hash == stream_features(cache, 'id+text').hash
     assert choose_features(features, []).text is None
     features.text[3, 0] += 1
-    with pytest.raises(ImecdError, match='not the file that'): choose_features(features, ['text'])
+    with pytest.raises(ImecdError, match='not those that about.json describes'): choose_features(features, ['text'])
 
 
 @pytest.mark.parametrize('harm, message', [
@@ -87,3 +87,16 @@ def test_the_command_line_reads_it_as_a_data_set(imecd, shop, tmp_path):
     for file in ('metrics.json', 'ranks.parquet', 'model.safetensors', 'config.json'): assert (tmp_path/'a'/file).read_bytes() == (tmp_path/'b'/file).read_bytes(), file
     code, said, err = imecd('eval', tmp_path/'a', '--data', tmp_path/'cache', '--json'); assert code == 0 and json.loads(said) == json.loads((tmp_path/'a/metrics.json').read_text()), err
     code, _, err = imecd('data', 'cache', shop, tmp_path/'cache'); assert code == 2 and 'exists and is not empty' in err
+
+
+def test_half_precision_is_half_and_another_set(shop, tmp_path):
+    whole, half = (load_cache(make_cache(shop, tmp_path/str(h), half=h))[1] for h in (False, True)); assert half.text.dtype == np.float16 and half.hash != whole.hash and half.manifest['text']['dtype'] == 'float16'
+    assert np.allclose(half.text, whole.text, rtol=6e-4, atol=1e-7) and (half.present == whole.present).all() and half.hash == choose_features(half, ['text']).hash
+    split = load_split(tmp_path/'True', 'leave_one_out', 20); m = IMECD.of(ModelConfig(streams='id+text', dim=8, inner=16, layers=1, codes=4, length=20), split, half).eval()
+    assert m.table.features_text.dtype == torch.float16 and m.table.features_text.data_ptr() == torch.as_tensor(half.text).data_ptr() and m.scores([[1, 2]]).dtype == torch.float32
+    wide = IMECD.of(m.config, split, half._replace(text=half.text.astype(np.float32))).eval(); wide.load_state_dict(m.state_dict()); assert torch.equal(wide.scores([[1, 2]]), m.scores([[1, 2]]))
+
+
+def test_what_half_precision_cannot_hold_is_named(shop):
+    features = load_features(shop); features.text[3, 0] = 1e6
+    with pytest.raises(ImecdError, match=rf"text, item {features.manifest['items']['ids'][2]}: a feature beyond 65,504"): halved(features)
