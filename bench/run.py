@@ -59,7 +59,7 @@ def page(results):
     return '\n'.join(lines)
 
 
-def number(v): return f'{v:,.4g}' if isinstance(v, float) and abs(v) < 1000 else f'{v:,.0f}' if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
+def number(v): return '' if v is None else f'{v:,.4g}' if isinstance(v, float) and abs(v) < 1000 else f'{v:,.0f}' if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
 
 
 def table(result):

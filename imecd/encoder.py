@@ -79,7 +79,7 @@ class StackedNorm(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: return F.layer_norm(x, x.shape[-1:])*self.weight+self.bias  # (S, P, D)
 
-# %% ../nbs/05_encoder.ipynb #2fb2dc3c
+# %% ../nbs/05_encoder.ipynb #bd4f3766
 class Attention(nn.Module):
     "Causal self-attention inside each row (Vaswani et al. 2017, Eq. 1)."
     def __init__(self,
@@ -93,7 +93,7 @@ class Attention(nn.Module):
     def lay(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, kD) -> (k, S*R, H, L, D/H)
         "Several maps of all positions, in the rectangle."
         (streams, _, width), dim = x.shape, self.out.weight.shape[1]
-        x = x.new_zeros(streams, layout.rows*layout.longest, width).index_copy(1, layout.place, x)
+        x = x.new_zeros(streams, layout.rows*layout.longest, width).index_copy_(1, layout.place, x)
         return x.view(streams*layout.rows, layout.longest, width//dim, self.heads, dim//self.heads).permute(2, 0, 3, 1, 4)
 
     def split(self, x:Tensor, layout:Layout)->Tensor: return self.lay(self.qkv(x), layout)  # (S, P, D) -> (3, S*R, H, L, D/H): queries, keys and values

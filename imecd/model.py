@@ -189,7 +189,7 @@ def never_asked(
     "Items that are no wrong answers, because they are never a right one."
     return counts == 0 if c.mask_cold and counts.any() else torch.zeros_like(counts, dtype=torch.bool)
 
-# %% ../nbs/08_model.ipynb #de7e9fef
+# %% ../nbs/08_model.ipynb #f6baa71c
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
     def __init__(self,
@@ -230,7 +230,7 @@ class Scorer(Stored):
         s = wide(query.vectors@z.T if len(different) == len(z) else (query.vectors@different.T)[:, group]); s[:, PAD] = -torch.inf
         if self.again is None: return s
         r, k = (query.seen != PAD).nonzero(as_tuple=True)
-        return s.index_put((r, query.seen[r, k]), self.repeat.expand(len(r)), accumulate=True)
+        return s.index_put_((r, query.seen[r, k]), self.repeat.expand(len(r)), accumulate=True)
 
 # %% ../nbs/08_model.ipynb #4b513bfc
 class Generator(Scorer):
