@@ -1,7 +1,7 @@
 """How far is a training epoch, and an evaluation, from the time of its bare matrix products?
 
 The floor is measured, not assumed: every matrix product that a room or a step really does is recorded with its shapes, and timed alone, in the same process.
-What stands above it is everything else: softmax, norms, dropout, gathering, the optimiser, Python. Ratios are medians of several steps.
+A fused kernel of attention counts as its two products. What stands above the floor is everything else: softmax, norms, dropout, gathering, the optimiser, Python. A step is the median of 16 over the mean floor of three of them, an evaluation the median of three.
 """
 import itertools
 import json
@@ -22,7 +22,7 @@ from imecd.towers import seen_items
 from imecd.train import TrainConfig, running_mean, train_epoch, validate
 
 DATA = Path(os.environ.get('IMECD_DATA', 'data'))
-PRODUCTS = {'mm', 'addmm', 'bmm', 'baddbmm'}
+PRODUCTS, FUSED = {'mm', 'addmm', 'bmm', 'baddbmm'}, '_scaled_dot_product_flash_attention_for_cpu'
 
 
 class Recorder(TorchDispatchMode):
@@ -32,6 +32,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in PRODUCTS: a, b = args[-2:]; self.found[tuple(a.shape), tuple(b.shape), a.dtype] += 1
+        if name == FUSED:                                                          # two products in one kernel: queries with keys, weights with values
+            q, k, v = (tuple(x.flatten(0, 1).shape) for x in args[:3]); self.found[q, (k[0], k[2], k[1]), args[0].dtype] += 1; self.found[(*q[:2], k[1]), v, args[0].dtype] += 1
         return func(*args, **(kwargs or {}))
 
 

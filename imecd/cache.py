@@ -32,9 +32,9 @@ def save_cache(
         save_json({'kind': CACHE, 'source': source, 'hash': content_hash(data), 'users': list(data.users), 'items': columns, 'features': features.manifest}, part/'about.json')
     return Path(out)
 
-# %% ../nbs/03d_cache.ipynb #6731e7d4
+# %% ../nbs/03d_cache.ipynb #251bf826
 def halved(
-    features:Features,
+    features:Features, # in single precision
 )->Features:
     "The same in half precision."
     def half(m, x):

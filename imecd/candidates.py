@@ -40,14 +40,15 @@ class Candidates(NamedTuple):
 
     def local(self, ids:Tensor)->Tensor: return torch.searchsorted(self.rows, ids)  # (...) dense ids -> places in `rows`
 
-# %% ../nbs/07d_candidates.ipynb #d688cd6d
+# %% ../nbs/07d_candidates.ipynb #d46f57f8
 def draw_candidates(
     p:Tensor,      # (N+1,) from `chances`, on the processor
     needed:Tensor, # (...) dense ids that must be among them
     k:int,         # K, draws
+    mass:Tensor|None=None, # (N+1,) `p.cumsum(0)`, where it is at hand
 )->Candidates:
     "K independent draws, each item once, with its logQ correction."
-    mass = p.cumsum(0); u = torch.rand(k, dtype=torch.float64)*mass[-1]                                # (K,); rounding must not reach beyond the last item that may be drawn
+    mass = p.cumsum(0) if mass is None else mass; u = torch.rand(k, dtype=torch.float64)*mass[-1]                                # (K,); rounding must not reach beyond the last item that may be drawn
     drawn, times = torch.searchsorted(mass, u.clamp(max=torch.nextafter(mass[-1], mass[0])), right=True).unique(return_counts=True)
     weight, drawn = (times.log()-(k*p[drawn]).log()).to(needed.device, torch.get_default_dtype()), drawn.to(needed.device)
     rows = torch.cat([drawn.new_tensor([PAD]), drawn, needed.flatten()]).unique(); bias = weight.new_full(rows.shape, -torch.inf)

@@ -134,7 +134,7 @@ def popularity(
     items = np.asarray(top).ravel(); items = items[items != PAD]
     return mean(percentiles(counts)[items]) if len(items) else None
 
-# %% ../nbs/09_metrics.ipynb #6409f584
+# %% ../nbs/09_metrics.ipynb #b4b563fe
 def ild(
     top:np.ndarray, # (Q, k) listed items
     features,       # (N+1, F); a row of zeros is an item without features. None: no features at all
@@ -142,7 +142,7 @@ def ild(
     "Intra-list diversity: mean pairwise cosine distance, mean over lists."
     if features is None: return None
     top, f = np.asarray(top), np.asarray(features.cpu() if isinstance(features, Tensor) else features)
-    norm = np.sqrt((f.astype(np.float64)**2).sum(1)); norm[PAD] = 0
+    listed = np.unique(top); norm = np.bincount(listed, [np.sqrt(np.square(f[i], dtype=np.float64).sum()) for i in listed], len(f)); norm[PAD] = 0  # of listed items alone
     out, step = [], max(1, STRIP//(top.shape[1]*f.shape[1]))
     for a in range(0, len(top), step):
         items = top[a:a+step]; n = (norm[items] > 0).sum(1)                # (r, k), (r,)

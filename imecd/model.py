@@ -189,7 +189,7 @@ def never_asked(
     "Items that are no wrong answers, because they are never a right one."
     return counts == 0 if c.mask_cold and counts.any() else torch.zeros_like(counts, dtype=torch.bool)
 
-# %% ../nbs/08_model.ipynb #f6baa71c
+# %% ../nbs/08_model.ipynb #73c00c23
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
     def __init__(self,
@@ -203,7 +203,7 @@ class Scorer(Stored):
         self.log_scale = nn.Parameter(torch.tensor([1/config.temperature]).log()) if config.score == 'cosine' else None  # one number each, but no scalars: FSDP2 shares out rows
         self.again = nn.Parameter(torch.zeros(1)) if config.seen else None
         out = never_asked(config, counts); self.register_buffer('bias', torch.zeros(n_items+1).masked_fill(out, -torch.inf)); self.sampled = is_sampled(config, n_items)
-        self.chance = chances(counts, ~out) if self.sampled else None  # stays on the processor: double precision is not everywhere
+        self.chance = (p := chances(counts, ~out), p.cumsum(0)) if self.sampled else None  # stays on the processor: double precision is not everywhere
 
     @property
     def repeat(self)->Tensor|None: return None if self.again is None else 100*self.again[0]  # (); hundredfold, so that Adam's small steps get there
@@ -280,7 +280,7 @@ def weight_of(
     "What a term of the loss counts."
     return 1. if name == 'condition' and alone else getattr(c, f'w_{name}')
 
-# %% ../nbs/08_model.ipynb #e93b3226
+# %% ../nbs/08_model.ipynb #44f1b5a1
 class IMECD(Generator):
     "ID-guided multimodal experts with contrastive diffusion: all losses, summed here and nowhere else."
     config_class = ModelConfig
@@ -295,7 +295,7 @@ class IMECD(Generator):
         "Every term, with its weight; in `warmup` the condition answers alone. `turn`: what this process does of the step, where there are several."
         turn = turn or take_part(batch); places, part, mine, rows, bias = turn.places, turn.asked, turn.batch, None, self.bias; y = batch.targets[any_tied(batch, places) if self.config.ties else places]
         if not len(y): raise ImecdError('this batch asks nothing: all its targets are PAD; give it at least one')
-        if self.sampled: some = draw_candidates(self.chance, torch.cat([batch.items, y]), self.config.negatives); (rows, bias), y, mine = some, some.local(y), mine._replace(items=some.local(mine.items))
+        if self.sampled: some = draw_candidates(self.chance[0], torch.cat([batch.items, y]), self.config.negatives, self.chance[1]); (rows, bias), y, mine = some, some.local(y), mine._replace(items=some.local(mine.items))
         items = self.table(y.unique(), rows); rest = self.reader.learn_codes(items, mine, turn.positions) if self.training and self.reader.vq is not None and self.reader.vq.ready else None
         q, vq = self.reader(self.reader.states(items, mine), mine, turn.positions); vq = vq if rest is None else vq._replace(lost=rest.lost); asked = places[part.own]-turn.positions.start
         q, users = q[asked], batch.users.repeat_interleave(batch.lengths, output_size=len(batch.items))[places]; seen = None if self.again is None and not self.sampled else seen_items(mine, asked)

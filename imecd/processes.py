@@ -51,7 +51,7 @@ def _leave()->None:
     gc.collect()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/09e_processes.ipynb #fca3aeb3
+# %% ../nbs/09e_processes.ipynb #58b154cb
 class Processes:
     "What the processes of a training say to each other; one alone says nothing."
     def __init__(self,
@@ -68,14 +68,14 @@ class Processes:
         self.net, self.phase = Accelerator(cpu=self.device.type == 'cpu', mixed_precision='no', kwargs_handlers=[how]).prepare_model(self.inner), warmup
 
     def sum(self, x:Tensor)->Tensor: return _Sum.apply(x)  # over all processes
-    def whole(self): return nullcontext()  # inside, this process has all of the model; always so, but in chapter 09f
+    def undivided(self): return nullcontext()  # inside, this process has all of the model; always so, but in chapter 09f
     def finish(self)->None: "The last step is done."
 
     def loss(self, batch:Batch, warmup:bool=False)->Output:
         "Of a whole step; `backward` averages gradients over the processes."
         if self.world == 1: return self.model.loss(batch, warmup)
         if warmup != self.phase: self.wrap(warmup)
-        loss = self.net(batch, warmup, take_part(batch, self.rank, self.world, self.sum)); return replace(self.inner.out, loss=loss)
+        loss = self.net(batch, warmup, take_part(batch, self.rank, self.world, self.sum)); out, self.inner.out = self.inner.out, None; return replace(out, loss=loss)
 
     def mean(self, values:dict[str, Tensor])->dict[str, Tensor]:
         "Of each over the processes."

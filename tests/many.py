@@ -1,4 +1,5 @@
 "What several processes run: `torchrun tests/many.py TASK FOLDER SETTINGS`; each writes what it found into FOLDER."
+import atexit
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from imecd.features import Features
 from imecd.histories import Interactions, leave_one_out
 from imecd.model import IMECD, PRESETS, ModelConfig
 from imecd.processes import Processes, is_main
-from imecd.shards import ShardedProcesses, gathered
+from imecd.shards import ShardedProcesses, can_share, full
 from imecd.train import TrainConfig, fit, own_randomness, validate
 
 N = 40
@@ -25,7 +26,7 @@ SMALL = dict(dim=8, experts=2, layers=1, heads=2, inner=16, length=10, codes=4, 
 EXACT = SMALL | dict(dropout=0., denoiser_dropout=0., commitment=.1, codes=16, decay=.6, revive=1)
 CASES = {**{name: (name, {}) for name in PRESETS}, 'residual': ('imecd', {'levels': 2}), 'dot': ('imecd', {'score': 'dot', 'item': 'sum'}), 'nobody seen': ('imecd', {'seen': False}),
          'gradient': ('imecd', {'learn': 'gradient'}), 'only negatives generated': ('imecd', {'contrast': 'generated', 'pure': 1.}), 'strips': ('imecd', {'chunk': 7}),
-         'sampled': ('imecd', {'softmax': 'sampled', 'negatives': 16}), **{f'in parts, {name}': (name, {'softmax': 'sampled', 'negatives': 16}) for name in ('imecd', 'sasrec', 'wo_idmoe')}}
+         'sampled': ('imecd', {'softmax': 'sampled', 'negatives': 16}), **{f'in parts, {name}': (name, {'softmax': 'sampled', 'negatives': 16}) for name in ('imecd', 'sasrec', 'wo_idmoe') if can_share()}}
 
 
 def made(users=90):
@@ -49,10 +50,10 @@ def steps(out, name, n):
     imecd.vq.revive_codes = counted
     for i, batch in enumerate(batches):
         if i == 3:
-            with wire.whole(): m.place_codes(data); wire.agree(m.reader)
+            with wire.undivided(): m.place_codes(data); wire.agree(m.reader)
         m.train(); optimiser.zero_grad(); out_ = wire.loss(batch, i < 3); out_.loss.backward(); optimiser.step(); losses.append(wire.mean({'loss': out_.loss.detach()})['loss'])
     imecd.vq.revive_codes = own; assert len(batches) == n; state = torch.get_rng_state().numpy()
-    grads = {f'grad {k}': gathered(p.grad).numpy() for k, p in m.named_parameters() if p.grad is not None}; wire.finish()
+    grads = {f'grad {k}': full(p.grad).numpy() for k, p in m.named_parameters() if p.grad is not None}; wire.finish()
     np.savez(out/f'{name}.{wire.world}.{wire.rank}.npz', losses=losses, state=state, revived=revived[0], **grads, **{f'state {k}': v.numpy() for k, v in m.state_dict().items()})
 
 
@@ -65,13 +66,19 @@ def training(out, config, folder=None, resume=False, seed=0, how='imecd', **chan
     if is_main(): (out/'rows.json').write_text(json.dumps(h.rows))
 
 
-def fails(out):
+def leaves(out):
+    "What is left of the group when the interpreter goes; called after everything that was arranged later."
+    threads = [(p/'comm').read_text().strip() for p in Path('/proc/self/task').iterdir()]; (out/f'left {os.environ["RANK"]}.txt').write_text(f'{torch.distributed.is_initialized()} {threads.count("pt_gloo_runloop")}')
+
+
+def fails(out, shard=False):
     "One process of the two meets a number that is none."
-    data, features = made(); m = IMECD.of(configure(ModelConfig, SMALL), data, features); loss = m.loss
+    atexit.register(leaves, out)
+    data, features = made(); m = IMECD.of(configure(ModelConfig, SMALL | ({'softmax': 'sampled', 'negatives': 16} if shard else {})), data, features); loss = m.loss
 
     def spoilt(*args): found = loss(*args); bad = replace(found, loss=found.loss*torch.nan, parts=found.parts | {'condition': found.loss*torch.nan}); return found if is_main() else bad
     m.loss = spoilt
-    try: fit(m, data, TrainConfig(epochs=1, targets=64))
+    try: fit(m, data, TrainConfig(epochs=1, targets=64, shard=shard))
     except Exception as e: (out/f'{"main" if is_main() else "other"}.txt').write_text(f'{type(e).__name__}: {e}')
 
 

@@ -16,6 +16,7 @@ from imecd.batch import take_part
 from imecd.core import Dropout, Part, pick_device
 from imecd.model import PRESETS
 from imecd.processes import Processes, is_main, weave
+from imecd.shards import can_share
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
 
@@ -85,13 +86,12 @@ def test_a_training_goes_on_with_more_or_fewer(trained, tmp_path):
         assert abs(reached(tmp_path/f'{name} then')-reached(trained[0]/('two' if first == 2 else 'alone 0'))) < .1
 
 
-def test_all_hear_of_a_failure(tmp_path):
-    run(2, 'fails', tmp_path); said = {k: (tmp_path/f'{k}.txt').read_text() for k in ('main', 'other')}
+@pytest.mark.parametrize('shard', [False, True])
+def test_all_hear_of_a_failure_and_leave(tmp_path, shard):
+    if shard and not can_share(): pytest.skip('this torch cannot write checkpoints in parts')
+    run(2, 'fails', tmp_path, shard=shard); said = {k: (tmp_path/f'{k}.txt').read_text() for k in ('main', 'other')}
     assert 'epoch 0, batch 0: loss is nan, condition is nan; lower lr' in said['other'] and 'the gradient is nan; lower lr' in said['main']
-
-
-def test_all_leave_in_peace(tmp_path):
-    for again in range(4): run(2, 'fails', tmp_path/str(again))                                              # before leaving was arranged, 11 of 40 ended with SIGABRT
+    for k in (0, 1): assert (tmp_path/f'left {k}.txt').read_text() in ('False 0', *['False 2']*shard)             # else gloo's threads end the process with SIGABRT, now and then; a mesh of devices keeps them, idle
 
 
 TORCHRUN = ('torch.distributed.run', '--standalone', '--no-python', '--nproc-per-node')
@@ -109,7 +109,7 @@ def test_the_command_under_both_launchers(imecd, shop, tmp_path):
 
 def test_processes_that_see_other_files_stop(tmp_path):
     code, said = launch(2, Path(many.__file__), 'disagrees', tmp_path, '{}'); assert not code, said[-3000:]
-    assert all('epochs that are done: process 1 has 1, the first has 0; all processes must see the same files' in (tmp_path/f'{k}.txt').read_text() for k in ('main', 'other'))
+    assert all("what is stored: process 1 has '1 epochs (" in (tmp_path/f'{k}.txt').read_text() for k in ('main', 'other'))
 
 
 @pytest.mark.parametrize('world', range(1, 8))

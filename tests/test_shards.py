@@ -9,12 +9,13 @@ import torch
 from safetensors import safe_open
 from test_processes import run
 
-from imecd.checkpoints import clear_shared, is_shared, laid_out, load_checkpoint, load_facts
+from imecd.checkpoints import clear_rows, is_dealt, laid_out, load_checkpoint, load_facts
 from imecd.core import ImecdError, configure
 from imecd.model import IMECD, ModelConfig
-from imecd.shards import ShardedProcesses, gathered, refuse_shards
+from imecd.shards import ShardedProcesses, can_share, full, refuse_shards
 from imecd.train import TrainConfig, fit
 
+pytestmark = pytest.mark.skipif(not can_share(), reason='this torch cannot write checkpoints in parts')
 CONFIG = dict(epochs=5, targets=256, lr=3e-3, patience=9, shard=True)
 DRAWN = dict(softmax='sampled', negatives=16, dropout=0., denoiser_dropout=0.)
 
@@ -80,7 +81,7 @@ def test_a_folder_that_nobody_speaks_of_is_left_out(trained, tmp_path):
     shutil.copytree(trained/'kept two 3', tmp_path/'k'); spoken = load_facts(tmp_path/'k'/'last.safetensors')['shared']['folder']; other = 'last.b' if spoken == 'last.a' else 'last.a'
     shutil.copytree(tmp_path/'k'/spoken, tmp_path/'k'/other); (tmp_path/'k'/other/'half.safetensors').write_bytes(b'killed here')
     run(2, 'training', tmp_path/'then', config=CONFIG, folder=str(tmp_path/'k'), resume=True, **DRAWN); assert rows(tmp_path/'then')[:3] == rows(trained/'two 3') and not list((tmp_path/'k').rglob('half*'))
-    clear_shared(tmp_path/'k'/'last.safetensors'); assert not [p for p in (tmp_path/'k').iterdir() if p.is_dir() and p.name.startswith('last')]
+    clear_rows(tmp_path/'k'/'last.safetensors'); assert not [p for p in (tmp_path/'k').iterdir() if p.is_dir() and p.name.startswith('last')]
 
 
 @pytest.mark.parametrize('changes, said', [({'softmax': 'full'}, "set softmax='sampled'"), ({'streams': 'text', 'gate': 'self'}, 'no table to share out')])
@@ -95,7 +96,7 @@ def test_alone_there_is_nothing_to_share():
     for shard in (False, True):
         m, data = model_of(); h = fit(m, data, TrainConfig(epochs=2, targets=256, shard=shard), show='none'); found.append((m.state_dict(), h))
     assert all(torch.equal(a, b) for a, b in zip(found[0][0].values(), found[1][0].values(), strict=True)) and ShardedProcesses(m).net is None
-    x = torch.ones(3); assert gathered(x) is x and laid_out(x, None) is x and laid_out(x, torch.zeros(3)) is x and not is_shared(x)
+    x = torch.ones(3); assert full(x) is x and laid_out(x, None) is x and laid_out(x, torch.zeros(3)) is x and not is_dealt(x)
 
 
 def test_a_plain_checkpoint_needs_no_layout(trained):

@@ -39,7 +39,9 @@ for size in (64, 256):
     start = time.perf_counter(); [step(i) for i in order[2:]]; speeds.append(sum(int((y[i] != N).sum()) for i in order[2:])/(time.perf_counter()-start))
 model.eval(); h, _ = rows(train, 0)  # what precedes the validation item
 with torch.no_grad():
-    for _ in range(2):
+    times = []
+    for _ in range(6):
         start = time.perf_counter()
         for i in torch.arange(len(h)).split(512): model({'item_id': h[i]}, h[i] != N)['logits'].topk(20)
-print(json.dumps({'targets_per_second': max(speeds), 'users_per_second': len(h)/(time.perf_counter()-start)}))
+        times.append(time.perf_counter()-start)
+print(json.dumps({'targets_per_second': max(speeds), 'users_per_second': len(h)/sorted(times[1:])[2]}))
