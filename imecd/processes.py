@@ -51,7 +51,7 @@ def _leave()->None:
     gc.collect()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/09e_processes.ipynb #58b154cb
+# %% ../nbs/09e_processes.ipynb #1ebf006c
 class Processes:
     "What the processes of a training say to each other; one alone says nothing."
     def __init__(self,
@@ -94,7 +94,7 @@ class Processes:
             for x in module.buffers(): torch.distributed.broadcast(x, 0)
 
     def spread(self, rows:Tensor, f:Callable)->tuple:  # (Q,); f: (q,) -> tensors of q rows, or None
-        "What `f` makes of the rows; every row goes through one process, and all processes get everything."
+        "What `f` makes of the rows; every row goes through one process (in turn, so that nobody has all the long ones), and all processes get everything."
         if self.world == 1 or len(rows) < self.world: return f(rows)
         from accelerate.utils import gather_object
         parts = gather_object([[x if x is None else x.cpu() for x in f(rows[self.rank::self.world])]])

@@ -263,7 +263,7 @@ class Keeper:
             with whole(self.folder/'history.jsonl') as part: part.write_text(''.join(json.dumps(row)+'\n' for row in rows), encoding='utf-8')
         except OSError as e: raise ImecdError(f'{self.folder}/history.jsonl cannot be written ({e}); the checkpoint beside it is whole: make room and resume') from e
 
-# %% ../nbs/10_train.ipynb #c1f1534f
+# %% ../nbs/10_train.ipynb #f6b52094
 def fit(
     model:IMECD,            # is changed; ends at rest, with the parameters and codes of its best epoch
     data:SequenceData,      # training histories and validation questions
@@ -299,7 +299,7 @@ def fit(
                 if row[name] > best.value: best = best._replace(state=None); best = Best(row[name], epoch, {k: v.clone() for k, v in model.state_dict().items()})
             model.cache = None  # all items, made for validation, are not kept beside what comes next
             rows.append(row); report.tell(row, best.epoch); keeper.keep(rows, snapshot(model, optimiser, mean), best, (time.time()-started)/60)
-    model.load_state_dict(best.state); processes.finish(); model.eval()
-    kept = [s for s in STREAMS if f'perplexity {s}' in rows[best.epoch]]
+    if best.epoch >= len(rows): raise ImecdError(f'{folder}: best.safetensors is of epoch {best.epoch}, last.safetensors ends before it, because a training was killed between the two; resume with epochs={best.epoch+1} or more')
+    model.load_state_dict(best.state); processes.finish(); model.eval(); kept = [s for s in STREAMS if f'perplexity {s}' in rows[best.epoch]]
     warn_collapse([{'perplexity': rows[best.epoch][f'perplexity {s}']} for s in kept], model.config.codes, kept)
     return History(rows, best.epoch, (time.time()-started)/60)

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import many
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -160,3 +162,26 @@ def test_parts_of_killed_writers_are_cleared_and_nothing_else(tmp_path):
 def test_the_first_difference_is_named():
     must_agree({'a': 1, 'b': {'c': 2}, 'more': 3}, {'a': 1, 'b': {'c': 2}}, Path('x'))
     with pytest.raises(ImecdError, match='x is of another training: b, c was 2 and is 3'): must_agree({'a': 1, 'b': {'c': 2}}, {'a': 1, 'b': {'c': 3}}, Path('x'))
+
+
+def test_killed_between_best_and_last(tmp_path):
+    data, features = many.made(); config = TrainConfig(epochs=4, targets=64, warmup=1, patience=9); make = lambda: IMECD.of(configure(ModelConfig, many.SMALL), data, features); kept, models, tables = {}, {}, {}
+    for n in (3, 4): kept[n] = tmp_path/str(n); models[n] = make(); tables[n] = fit(models[n], data, replace(config, epochs=n), folder=kept[n], show='none')
+    assert tables[4].best == 3; shutil.copytree(kept[3], tmp_path/'torn'); shutil.copy(kept[4]/'best.safetensors', tmp_path/'torn'/'best.safetensors'); shutil.copytree(tmp_path/'torn', tmp_path/'short')
+    again = make(); fit(again, data, config, folder=tmp_path/'torn', resume=True, show='none'); assert all(torch.equal(a, b) for a, b in zip(models[4].state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(ImecdError, match=r'best.safetensors is of epoch 3, last.safetensors ends before it.* epochs=4 or more'): fit(make(), data, replace(config, epochs=3), folder=tmp_path/'short', resume=True, show='none')
+
+
+def test_a_disk_that_is_full_at_the_history(tmp_path, monkeypatch):
+    data, features = many.made(); write = Path.write_text
+    def full(self, *args, **kw):
+        if 'history.jsonl' in self.name: raise OSError(28, 'No space left on device')
+        return write(self, *args, **kw)
+    monkeypatch.setattr(Path, 'write_text', full)
+    with pytest.raises(ImecdError, match='history.jsonl cannot be written .*No space left.*make room and resume'): fit(IMECD.of(configure(ModelConfig, many.SMALL), data, features), data, TrainConfig(epochs=1, targets=64), folder=tmp_path, show='none')
+    assert load_checkpoint(tmp_path/'last.safetensors').facts['rows']
+
+
+def test_what_a_first_killed_writer_left_is_cleared(tmp_path):
+    (tmp_path/'.best.safetensors.xyz.safetensors').write_bytes(b'half'); data, features = many.made()
+    fit(IMECD.of(configure(ModelConfig, many.SMALL), data, features), data, TrainConfig(epochs=1, targets=64), folder=tmp_path, resume=True, show='none'); assert not [*tmp_path.glob('.*')]
