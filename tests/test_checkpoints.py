@@ -26,14 +26,15 @@ from imecd.train import TrainConfig, fit
 
 SMALL = dict(streams='id+text', dim=16, layers=1, inner=32, codes=8, length=20)
 RUN = TrainConfig(epochs=20, patience=50, targets=512, warmup=1)
+LONG = replace(RUN, epochs=60, patience=99)  # to be killed ten times before it ends
 PROGRAM = '''
 import sys
 from pathlib import Path
-from test_checkpoints import model_of, opened, RUN
+from test_checkpoints import model_of, opened, LONG
 from imecd.train import fit
 data, features = opened(Path(sys.argv[1]))
 print('ready', flush=True)
-fit(model_of(data, features), data, RUN, folder=Path(sys.argv[2]), resume=True)
+fit(model_of(data, features), data, LONG, folder=Path(sys.argv[2]), resume=True)
 print('done', flush=True)
 '''
 
@@ -82,7 +83,7 @@ def test_a_finished_training_is_not_trained_again(shop, undisturbed, tmp_path):
     m = model_of(data, features); h = fit(m, data, RUN, folder=tmp_path, resume=True); same(tmp_path, m, h, undisturbed); assert (tmp_path/'last.safetensors').stat().st_mtime_ns == before
 
 
-def test_killed_ten_times_it_ends_where_it_would_have_ended(shop, undisturbed, tmp_path):
+def test_killed_ten_times_it_ends_where_it_would_have_ended(shop, tmp_path, tmp_path_factory):
     "SIGKILL at random moments of a real process, also in the middle of the write of a checkpoint, each time gone on with; afterwards everything is as if nothing had happened."
     dice, kills, caught, epochs = random.Random(0), 0, 0, []; env = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads()), 'PYTHONPATH': str(Path(__file__).parent)}
     last = tmp_path/'last.safetensors'
@@ -95,8 +96,8 @@ def test_killed_ten_times_it_ends_where_it_would_have_ended(shop, undisturbed, t
         else: time.sleep(dice.uniform(.2, 1.5))
         caught += any(tmp_path.glob('.*')); child.send_signal(signal.SIGKILL); child.wait(); child.stdout.close(); kills += 1; assert child.returncode == -signal.SIGKILL
         if last.exists(): epochs.append(len(load_checkpoint(last).facts['rows']))
-    assert epochs == sorted(epochs) and 0 < epochs[-1] < RUN.epochs and caught
-    data, features = opened(shop); m = model_of(data, features); h = fit(m, data, RUN, folder=tmp_path, resume=True); same(tmp_path, m, h, undisturbed)
+    assert epochs == sorted(epochs) and 0 < epochs[-1] < LONG.epochs and caught
+    data, features = opened(shop); m, whole = model_of(data, features), model_of(data, features); h = fit(m, data, LONG, folder=tmp_path, resume=True); there = tmp_path_factory.mktemp('whole'); same(tmp_path, m, h, (whole, fit(whole, data, LONG, folder=there), there))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['best.safetensors', 'history.jsonl', 'last.safetensors']
 
 
