@@ -8,7 +8,6 @@ about sixteen steps, and 2,048 users are asked. `step ms` is the median of eight
 `users per second` with making the items for ranking (`table s`), `peak GB` (10^9 bytes) what the process ever held. On a processor; the model reads IDs and texts.
 """
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import peak
 
 from imecd.batch import SequenceData, Windows
 from imecd.cache import make_cache, save_cache
@@ -45,7 +45,7 @@ def point(cache, softmax='auto', length='50', sample_steps='1'):
     data = load_split(cache, 'leave_one_out', int(length), device='cpu'); features = stream_features(cache, 'id+text'); train = TrainConfig(epochs=3, warmup=1)
     model = IMECD.of(configure(ModelConfig, {'streams': 'id+text', 'softmax': softmax, 'length': int(length), 'sample_steps': int(sample_steps)}), data, features); some = shortened(data, train.targets)
     with tempfile.TemporaryDirectory() as tmp: fit(model, some, train, folder=Path(tmp)/'kept', show='none')
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024/1e9; optimiser = torch.optim.Adam(model.parameters(), 1e-4, fused=True); running_mean(model, optimiser, 100); times = []
+    most = peak()*2**20/1e9; optimiser = torch.optim.Adam(model.parameters(), 1e-4, fused=True); running_mean(model, optimiser, 100); times = []
     with own_randomness(data.device):
         model.train()
         for batch, _ in zip(some.epoch(1, 0, train.targets), range(10)):
@@ -53,7 +53,7 @@ def point(cache, softmax='auto', length='50', sample_steps='1'):
     model.eval(); step, cases = sorted(times[2:])[len(times[2:])//2], some.cases('valid'); model.cache = None; start = time.perf_counter(); model.items(); table = time.perf_counter()-start
     model.cache = None; start = time.perf_counter(); validate(model, some, cases); asked = len(cases.users)/(time.perf_counter()-start)
     return {'items': data.n_items, 'users': data.n_users, 'events': len(data.events), 'softmax': 'sampled' if model.sampled else 'full', 'length': data.length, 'sample_steps': int(sample_steps),
-            'step_ms': 1e3*step, 'epoch_s': step*data.n_targets/train.targets, 'table_s': table, 'users_per_second': asked, 'peak_GB': peak}
+            'step_ms': 1e3*step, 'epoch_s': step*data.n_targets/train.targets, 'table_s': table, 'users_per_second': asked, 'peak_GB': most}
 
 
 def shop(folder, users, items):
