@@ -195,7 +195,7 @@ def health(
              'dead': sum(int((shares(k, n_codes) == 0).sum()) for k in c.T)} for c in levels]
     return rows if lost is None else [row | {'lost': float(x)} for row, x in zip(rows, lost)]
 
-# %% ../nbs/06_vq.ipynb #fe0c30da
+# %% ../nbs/06_vq.ipynb #8b02a604
 def warn_collapse(
     rows:list[dict], # from `health`
     n_codes:int,     # C
@@ -204,7 +204,7 @@ def warn_collapse(
     "Warn where fewer than a tenth of the codes carry a stream, with the cure; codes that are not placed yet are no collapse."
     for name, row in zip(names, rows):
         if 0 < row['perplexity'] < .1*n_codes:
-            warnings.warn(f"codebook of {name}: only {row['perplexity']:.1f} of {n_codes} codes are in use; make n_codes smaller, warm up longer before the codes are placed, or revive sooner", stacklevel=2)
+            warnings.warn(f"codebook of {name}: only {row['perplexity']:.1f} of {n_codes} codes are in use; set fewer `codes`, a longer warm-up (`train.warmup`), or a smaller `revive`", stacklevel=2)
 
 # %% ../nbs/06_vq.ipynb #806e5496
 class StreamUnits(nn.Module):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
 from imecd.core import ImecdError
-from imecd.running import kept_training, may_begin, training_folder
+from imecd.running import kept_training, may_begin, train_run, training_folder
 
 SMALL = [x for pair in ('dim=16', 'heads=2', 'inner=32', 'layers=1', 'codes=8', 'train.epochs=6', 'train.warmup=1', 'train.targets=256') for x in ('--set', pair)]
 
@@ -24,7 +25,7 @@ def test_a_training_killed_from_the_shell_goes_on(imecd, shop, tmp_path):
     command = ['train', shop, *SMALL, '--length', 20]; code, _, err = imecd(*command, '--out', tmp_path/'whole'); assert code == 0, err
     assert [json.loads(x)['epoch'] for x in (tmp_path/'whole/history.jsonl').read_text().splitlines()] == pl.read_csv(tmp_path/'whole/history.csv')['epoch'].to_list()
     argv = [str(Path(sys.executable).with_name('imecd')), *map(str, command), '--out', str(tmp_path/'run')]; last = training_folder(tmp_path/'run')/'last.safetensors'
-    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())})
     while not last.exists() and child.poll() is None: time.sleep(.005)
     child.send_signal(signal.SIGKILL); child.wait(); assert child.returncode == -signal.SIGKILL and not (tmp_path/'run').exists()
     code, _, err = imecd(*command, '--out', tmp_path/'run'); assert code == 2 and 'add --resume' in err and last.exists()
@@ -50,3 +51,24 @@ def test_nothing_is_written_over(tmp_path, capsys):
 def test_a_run_can_be_followed(imecd, shop, tmp_path):
     code, _, err = imecd('train', shop, *SMALL, '--epochs', 1, '--out', tmp_path/'run', '--track', 'tensorbored'); assert code == 2 and "no tracker 'tensorbored'" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logs_of_trackers_outlive_the_training(imecd, shop, tmp_path):
+    pytest.importorskip('tensorboard')
+    assert imecd('train', shop, '--out', tmp_path/'run', '--length', 20, '--epochs', 2, '--track', 'tensorboard', *(x for s in ('dim=16', 'layers=1', 'inner=32', 'codes=4', 'streams=id+text') for x in ('--set', s)))[0] == 0
+    assert [*(tmp_path/'run').rglob('*tfevents*')] and not training_folder(tmp_path/'run').exists()
+
+
+def test_what_is_no_checkpoint_is_kept(tmp_path):
+    out, folder = tmp_path/'run', training_folder(tmp_path/'run'); out.mkdir(); (out/'metrics.json').write_text('{}')
+    with kept_training(out) as there:
+        assert there == folder; (folder/'last.a').mkdir(parents=True); (folder/'last.a'/'x.safetensors').touch()
+        for name in ('last.safetensors', 'best.safetensors', '.best.safetensors.x', 'notes', 'history.jsonl', 'metrics.json'): (folder/name).touch()
+    assert {p.name for p in out.iterdir()} == {'metrics.json', 'notes', 'history.jsonl'} and (out/'metrics.json').read_text() == '{}' and [p.name for p in folder.iterdir()] == ['metrics.json']
+
+
+def test_a_model_that_only_counts_does_not_touch_a_training(shop, tmp_path):
+    folder = training_folder(tmp_path/'run'); folder.mkdir(); (folder/'last.safetensors').touch()
+    for resume in (False, True):
+        with pytest.raises(ImecdError, match='popularity is counted in one go'): train_run(shop, tmp_path/'run', 'popularity', {}, resume=resume)
+    assert (folder/'last.safetensors').exists()
