@@ -174,14 +174,14 @@ def wear(
     try: yield
     finally: put(own)
 
-# %% ../nbs/10_train.ipynb #1b06fc87
+# %% ../nbs/10_train.ipynb #ec2f5723
 def running_mean(
     model:nn.Module, # whose parameters are followed
     optimiser,       # that moves them
     steps:float,     # over about how many, 0 for the parameters as they are
 )->nn.Module: # parameters in the model's order, up to date after every step of the optimiser
     "Exponential moving average of the parameters; over fewer steps while there are few."
-    def follow(mean, now, n): torch._foreach_lerp_(mean, now, max(1/max(steps, 1), 9/(9+int(n))))  # n is counted on the processor
+    def follow(mean, now, n): torch._foreach_lerp_(mean, now, max(1/max(steps, 1), 9/(9+int(n))))
     now = nn.ParameterList(model.parameters()); mean = AveragedModel(now, multi_avg_fn=follow)
     optimiser.register_step_post_hook(lambda *_: mean.update_parameters(now))
     return mean
