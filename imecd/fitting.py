@@ -25,9 +25,9 @@ from .reports import History, plot_history, plot_terms
 from .train import TrainConfig, fit, validate
 
 # %% auto #0
-__all__ = ['load_split', 'split_settings', 'configure_preset', 'feature_state', 'stored', 'stream_features', 'feature_space',
-           'cut_streams', 'Fitted', 'fit_preset', 'restore', 'history_figures', 'item_titles', 'draw_gates',
-           'draw_path', 'room_figures']
+__all__ = ['load_split', 'split_settings', 'Network', 'find_network', 'configure_preset', 'feature_state', 'stored',
+           'stream_features', 'feature_space', 'cut_streams', 'Fitted', 'fit_preset', 'restore', 'history_figures',
+           'item_titles', 'draw_gates', 'draw_path', 'room_figures']
 
 # %% ../nbs/10a_fitting.ipynb #8fc7823e
 def load_split(
@@ -53,20 +53,34 @@ def split_settings(
     own = {k: v for k, v in settings.items() if k != 'train' and not k.startswith('train.')}
     return own, {**train, **{k[len('train.'):]: v for k, v in settings.items() if k.startswith('train.')}}
 
+# %% ../nbs/10a_fitting.ipynb #5d80c2b9
+class Network(NamedTuple):
+    "A network by name."
+    kind: type     # IMECD, or a class made of its rooms
+    settings: dict # what it sets, before a user does
+
+def find_network(
+    name:str,                # as given
+    networks:dict|None=None, # name -> Network; None: the presets of IMECD
+)->Network:
+    "The network of a name; a name that does not exist is answered with the closest that does."
+    networks = networks or {k: Network(IMECD, v) for k, v in PRESETS.items()}
+    if name in networks: return networks[name]
+    close = difflib.get_close_matches(name, networks, 1)
+    raise ImecdError(f"there is no preset {name!r}; {f'did you mean {close[0]!r}?' if close else 'there are '+', '.join(networks)}")
+
 # %% ../nbs/10a_fitting.ipynb #1168780c
 def configure_preset(
-    name:str,             # one of `PRESETS`
+    name:str,             # of one of `networks`
     settings:dict,        # see `split_settings`; they win over the preset
     length:int|None=None, # L; None for what the settings say, else 50
     seed:int=0,           # of model and training, where the settings do not say
+    networks:dict|None=None, # name -> Network; None: those of IMECD
 )->tuple[ModelConfig, TrainConfig]:
     "The configurations behind a name; what does not exist is named together with the closest that does."
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 1)
-        raise ImecdError(f"there is no preset {name!r}; {f'did you mean {close[0]!r}?' if close else 'there are '+', '.join(PRESETS)}")
-    own, train = split_settings(settings)
+    kind, preset = find_network(name, networks); own, train = split_settings(settings)
     if length is not None: own['length'] = length
-    return configure(ModelConfig, {'seed': seed, **PRESETS[name], **own}), configure(TrainConfig, {'seed': seed, **train})
+    return configure(kind.config_class, {'seed': seed, **preset, **own}), configure(TrainConfig, {'seed': seed, **train})
 
 # %% ../nbs/10a_fitting.ipynb #407fe432
 def feature_state(
@@ -145,20 +159,21 @@ class Fitted(NamedTuple):
 
 # %% ../nbs/10a_fitting.ipynb #01c3e131
 def fit_preset(
-    name:str,                # one of `PRESETS`
+    name:str,                # of one of `networks`
     folder:Path,             # the data set, for its features
     data:SequenceData,       # the same, split
     settings:dict|None=None, # see `configure_preset`; the length is that of `data`
     source=None,             # folder of features; None: what the data set offers
     seed:int=0,              # of model and training, where the settings do not say
+    networks:dict|None=None, # name -> Network; None: those of IMECD
     checkpoints:Path|None=None, # where a training that may be resumed keeps its state: `folder` of `fit`
     **follow,                # callback, resume, show, trackers: see `fit`
 )->Fitted:
     "Train a preset on a data set."
-    settings = settings or {}; config, train = configure_preset(name, settings, data.length, seed)
+    settings = settings or {}; (kind, preset), (config, train) = find_network(name, networks), configure_preset(name, settings, data.length, seed, networks)
     features = stream_features(folder, config.streams, source, str(data.device))
-    config, notes = cut_streams(config, 'streams' in {**PRESETS[name], **settings}, features)
-    model = IMECD.of(config, data, features)
+    config, notes = cut_streams(config, 'streams' in {**preset, **settings}, features)
+    model = kind.of(config, data, features)
     return Fitted(model, train, fit(model, data, train, folder=checkpoints, **follow), features, notes)
 
 # %% ../nbs/10a_fitting.ipynb #4a0879af
@@ -168,11 +183,12 @@ def restore(
     tensors:dict[str, Tensor],# as stored
     features:Features,        # what it read
     known:str|None=None,      # hash of the features in training
+    kind:type=IMECD,          # its class
 )->IMECD:
     "A model as it was stored; what does not belong to it is named."
     if known is not None and features.hash != known:
         raise ImecdError(f'the features are not those of the training (hash {features.hash[:12]}, not {known[:12]}); name the right ones with --features, or train again')
-    return IMECD.of(configure(ModelConfig, settings), data, features).set_tensors(tensors).eval()
+    return kind.of(configure(kind.config_class, settings), data, features).set_tensors(tensors).eval()
 
 # %% ../nbs/10a_fitting.ipynb #c624a6a7
 def history_figures(

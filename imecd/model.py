@@ -192,6 +192,7 @@ def never_asked(
 # %% ../nbs/08_model.ipynb #73c00c23
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
+    item_tower, user_tower = ItemTower, UserTower  # what another model may put in their places
     def __init__(self,
         config:ModelConfig,
         n_items:int,            # N
@@ -199,7 +200,7 @@ class Scorer(Stored):
         counts:Tensor,          # (N+1,) training events
     ):
         super().__init__(); self.config, self.n_items, self.cache = config, n_items, None
-        self.table, self.reader = ItemTower(config, n_items, features, counts), UserTower(config)
+        self.table, self.reader = self.item_tower(config, n_items, features, counts), self.user_tower(config)
         self.log_scale = nn.Parameter(torch.tensor([1/config.temperature]).log()) if config.score == 'cosine' else None  # one number each, but no scalars: FSDP2 shares out rows
         self.again = nn.Parameter(torch.zeros(1)) if config.seen else None
         out = never_asked(config, counts); self.register_buffer('bias', torch.zeros(n_items+1).masked_fill(out, -torch.inf)); self.sampled = is_sampled(config, n_items)

@@ -9,23 +9,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from .core import ImecdError, free_folder
-from .model import PRESETS
+from .model import IMECD, PRESETS
 from .processes import is_main
 from .reports import stage
 from .runs import Run, assess, load_tensors, provenance, save_figures, save_run
-from .fitting import feature_space, fit_preset, history_figures, item_titles, load_split, restore, room_figures, stream_features
+from .fitting import Network, feature_space, fit_preset, history_figures, item_titles, load_split, restore, room_figures, stream_features
 from .baselines import MODELS, fit_baseline, make_model
 
 # %% auto #0
-__all__ = ['known_model', 'note', 'training_folder', 'may_begin', 'kept_training', 'train_run', 'headline', 'table',
+__all__ = ['NETWORKS', 'known_model', 'note', 'training_folder', 'may_begin', 'kept_training', 'train_run', 'headline', 'table',
            'stored_model']
+
+# %% ../nbs/11d_running.ipynb #91be7a50
+NETWORKS = {name: Network(IMECD, settings) for name, settings in PRESETS.items()}
 
 # %% ../nbs/11d_running.ipynb #2311eea7
 def known_model(
     name:str, # as given
 )->str:
     "The same name, if there is such a model; else the closest is named."
-    names = [*PRESETS, *MODELS]
+    names = [*NETWORKS, *MODELS]
     if name in names: return name
     close = difflib.get_close_matches(name, names, 1)
     raise ImecdError(f"there is no model {name!r}; {f'did you mean {close[0]!r}?' if close else 'there are '+', '.join(names)}")
@@ -73,7 +76,7 @@ def kept_training(
 def train_run(
     folder:Path,          # a data set
     out:Path,             # run folder to make
-    model:str,            # a preset of IMECD, or a baseline
+    model:str,            # a network, or a baseline
     settings:dict,        # field -> value of its configuration; `train.field` for the training of a preset
     split:str='leave_one_out', # or `time`
     length:int=50,        # L
@@ -88,15 +91,15 @@ def train_run(
     track=(),             # names of trackers
 )->Run|None: # None in a process that only helped to train
     "Train a model, measure it, write a run; what `imecd train` does."
-    if model not in PRESETS and not is_main(): return None
-    if model not in PRESETS and (begun := training_folder(out)).exists(): raise ImecdError(f'{begun} holds a training that was begun, and {model} is counted in one go; remove it, or give another folder')
+    if model not in NETWORKS and not is_main(): return None
+    if model not in NETWORKS and (begun := training_folder(out)).exists(): raise ImecdError(f'{begun} holds a training that was begun, and {model} is counted in one go; remove it, or give another folder')
     may_begin(out, resume)
     started = started or time.time(); data = load_split(folder, split, length, k_core, device); space, manifest = feature_space(folder, features)
     config, tables, figures, more = {'model': model, 'split': split, 'length': length, 'k_core': k_core, 'seed': seed}, {}, {}, {}
     with kept_training(out) as training:
-        if model in PRESETS:
+        if model in NETWORKS:
             show = {'none': 'lines'}.get(stage(), stage()) if os.environ.get('IMECD_PROGRESS') != 'off' else 'none'
-            fitted, chosen, history, read, notes = fit_preset(model, folder, data, settings, features, seed, training, resume=resume, show=show, trackers=track)
+            fitted, chosen, history, read, notes = fit_preset(model, folder, data, settings, features, seed, NETWORKS, training, resume=resume, show=show, trackers=track)
             for text in notes: note(text)
             config['train'], tables, manifest = asdict(chosen), {'history': history.table}, {**read.manifest, 'folder': features and str(features.resolve())}
             more = {'training': {'best': history.best, 'epochs': len(history.table), 'minutes': history.minutes, 'processes': int(os.environ.get('WORLD_SIZE', 1))}}
@@ -135,5 +138,5 @@ def stored_model(
 ): # a model as training left it
     "The model of a run."
     c, tensors = run.config, load_tensors(run.folder)
-    if c['model'] not in PRESETS: return make_model(known_model(c['model']), c['settings']).set_tensors(tensors)
-    return restore(c['settings'], data, tensors, stream_features(source, c['settings']['streams'], features), run.provenance.get('features', {}).get('hash'))
+    if c['model'] not in NETWORKS: return make_model(known_model(c['model']), c['settings']).set_tensors(tensors)
+    return restore(c['settings'], data, tensors, stream_features(source, c['settings']['streams'], features), run.provenance.get('features', {}).get('hash'), NETWORKS[c['model']].kind)

@@ -112,10 +112,13 @@ class ItemTower(ItemTables):
             x = self.moe.project(features)                                                          # M x (N+1, D)
             if self.pseudo is not None: e, off = self.stand_in(own, x, learn, present, some(self.warm), long)
             moe = self.moe(e, features, present, learn, x, own, told)
-        first = [unit(e) if c.score == 'cosine' else e] if self.has_id else []
+        z, read = self.join([unit(e) if c.score == 'cosine' else e] if self.has_id else [], moe)
+        return Items(unit(z) if c.score == 'cosine' else z, read, moe, off)
+
+    def join(self, first:list[Tensor], moe:MoEOut|None)->tuple[Tensor, Tensor]:  # (N+1, D_x) what is scored, (S, N+1, D) what is read
+        "Blocks side by side, or their sum; histories read each in a stream of its own."
         blocks = [*first, *(() if moe is None else moe.content)]                                    # S x (N+1, D)
-        z = sum(blocks) if c.item == 'sum' else torch.cat(blocks, -1)                               # (N+1, D_x)
-        return Items(unit(z) if c.score == 'cosine' else z, torch.stack([*first, *(() if moe is None else moe.read)]), moe, off)
+        return sum(blocks) if self.config.item == 'sum' else torch.cat(blocks, -1), torch.stack([*first, *(() if moe is None else moe.read)])
 
     def stand_in(self, e:Tensor, x:list[Tensor], learn:Tensor|None, present:Tensor, warm:Tensor, long:Tensor|None=None)->tuple[Tensor, Tensor|None]:
         "Items without a trained ID, and a random share of the others in training, get a pseudo-ID made of their content."
@@ -156,13 +159,15 @@ class UserTower(nn.Module):
     def __init__(self,
         config, # a ModelConfig
     ):
-        super().__init__(); c, n = config, len(config.streams.split('+'))
-        self.encoder = SequenceEncoder(n, c.dim, c.layers, c.heads, c.inner, c.dropout, c.length, c.norm)
+        super().__init__(); c, n = config, self.streams(config); self.encoder = self.make_encoder(c, n)
         self.vq, self.pooled = None, c.vq_on == 'sequence'
         if c.vq != 'none': self.vq = ModalityVQ(n, c.codes, c.dim, c.levels, c.vq == 'shared', c.replace, c.guidance, c.rotation,
                                                 learn=c.learn, decay=c.decay, commitment=c.commitment, revive=c.revive)
         self.fuse, one = nn.Linear(n*c.dim, c.dim if c.item == 'sum' else n*c.dim), torch.eye(c.dim)
         with torch.no_grad(): self.fuse.weight.copy_(one.repeat(1, n) if c.item == 'sum' else torch.block_diag(*[one]*n)); self.fuse.bias.zero_()
+
+    def streams(self, c)->int: return len(c.streams.split('+'))  # S that are encoded
+    def make_encoder(self, c, n:int)->nn.Module: return SequenceEncoder(n, c.dim, c.layers, c.heads, c.inner, c.dropout, c.length, c.norm)
 
     def train(self, mode:bool=True):
         "Codes stay as they are, but in `learn_codes`."
