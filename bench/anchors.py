@@ -64,7 +64,7 @@ def once(model, batch):
 def again(model, batch):
     "Read the histories anew in every step."
     with torch.no_grad():
-        schedule, x = model.cdg.schedule, keyed_noise(batch.users, model.reader.fuse.out_features); path = [*schedule.trailing(STEPS), 0]
+        schedule, x = model.cdg.schedule, keyed_noise(batch.users, model.reader.width); path = [*schedule.trailing(STEPS), 0]
         for t, after in zip(path, path[1:]):
             c = sphere(model.condition(batch)[0].float()); now, then = schedule.alpha_bar[t], schedule.alpha_bar[after]; x0 = model.cdg.guess(x, t, c)
             x = then.sqrt()*x0+(1-then).sqrt()*(x-now.sqrt()*x0)/(1-now).sqrt()

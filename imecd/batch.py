@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     positions: Tensor # (P,) place in the row, from 0
     offsets: Tensor   # (R+1,) row r is positions offsets[r]:offsets[r+1]
     tied: Tensor|None = None # (P,) how many targets after this one share its tie group, in this row; None where ties are unknown
+    times: Tensor|None = None # (P,) when each item was taken, in seconds since 1970; None where that is unknown
 
     @property
     def lengths(self)->Tensor: return self.offsets.diff()  # (R,)
@@ -87,6 +88,7 @@ class SequenceData:
     offsets: Tensor   # (U+1,) int64
     windows: Windows  # the rows of an epoch
     rest: Tensor|None = None # (events,) how many events after this one share its tie group, None where ties are unknown
+    times: Tensor|None = None # (events,) seconds since 1970, None where they are unknown
 
     @property
     def n_items(self)->int: return self.split.data.n_items
@@ -112,9 +114,7 @@ class SequenceData:
 
     def by_length(self, cases:Cases)->Tensor: return (cases.stops-self.offsets[cases.users]).clamp(max=self.length).argsort(stable=True)  # (Q,) questions in the order of what is read
 
-    def history(self, cases:Cases, rows:slice|Tensor=slice(None))->Batch:
-        "What a model sees: the last `length` items of each history."
-        return gather_history(self, cases.users[rows], cases.stops[rows])
+    def history(self, cases:Cases, rows:slice|Tensor=slice(None))->Batch: return gather_history(self, cases.users[rows], cases.stops[rows])  # what a model sees: the last `length` items of each history
 
     def seen(self, cases:Cases, rows:slice|Tensor=slice(None))->tuple[Tensor, Tensor]:
         "The whole history of each question: items (K,), offsets (R+1,)."
@@ -144,7 +144,8 @@ def sequence_data(
     if length < 2 or length % 2: raise ImecdError(f'length={length}: the longest row must be an even number of at least 2')
     put = lambda x: torch.as_tensor(np.ascontiguousarray(x)).to(device)
     rest = None if split.data.ties is None else put(ties_left(tie_starts(split.data)))
-    return SequenceData(split, length, put(split.data.events), put(split.data.offsets), cut_windows(split.data.offsets[:-1], split.train, length), rest)
+    times = None if split.data.times is None else put(split.data.times.astype(np.int64))
+    return SequenceData(split, length, put(split.data.events), put(split.data.offsets), cut_windows(split.data.offsets[:-1], split.train, length), rest, times)
 
 # %% ../nbs/03a_batch.ipynb #e92fa197
 def epoch_rows(
@@ -174,7 +175,7 @@ def gather_rows(
     flat, positions, offsets = _flat(table[1], table[2], total)
     first, count = torch.repeat_interleave(table[2:].flip(0), table[2], dim=1, output_size=total)
     tied = None if data.rest is None else torch.minimum(data.rest[flat+1], count-1-positions)
-    return Batch(table[0], data.events[flat].long(), torch.where(flat >= first, data.events[flat+1], PAD).long(), positions, offsets, tied)
+    return Batch(table[0], data.events[flat].long(), torch.where(flat >= first, data.events[flat+1], PAD).long(), positions, offsets, tied, None if data.times is None else data.times[flat])
 
 # %% ../nbs/03a_batch.ipynb #30239609
 def plot_batch(
@@ -212,7 +213,7 @@ def gather_history(
     start = torch.maximum(data.offsets[users], stops-data.length); counts = stops-start
     flat, positions, offsets = _flat(start, counts, int(counts.sum()))
     items = data.events[flat].long()
-    return Batch(users, items, torch.full_like(items, PAD), positions, offsets)
+    return Batch(users, items, torch.full_like(items, PAD), positions, offsets, None, None if data.times is None else data.times[flat])
 
 # %% ../nbs/03a_batch.ipynb #e4f8b495
 def last_ties(
@@ -278,5 +279,5 @@ def take_part(
     ends, cut = batch.offsets.tolist(), [0]
     for k in range(1, world): cut.append(min(max(bisect(ends, P*k/world)-1, cut[-1]+1), rows-world+k))
     lo, hi = [*cut, rows][rank:rank+2]; a, b = ends[lo], ends[hi]; q = torch.searchsorted(places, places.new_tensor([a, b])).tolist()
-    mine = Batch(batch.users[lo:hi], *(x[a:b] for x in batch[1:4]), batch.offsets[lo:hi+1]-a, None if batch.tied is None else batch.tied[a:b])
+    mine = Batch(batch.users[lo:hi], *(x[a:b] for x in batch[1:4]), batch.offsets[lo:hi+1]-a, *(None if x is None else x[a:b] for x in batch[5:]))
     return Turn(mine, places, Part(*q, len(places), world, sum), Part(a, b, P, world, sum))

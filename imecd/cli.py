@@ -16,16 +16,18 @@ from .amazon import fetch_amazon, read_meta
 from .shop import load_truth, make_shop
 from .encode import encode_folder
 from .cache import make_cache
-from .model import PRESETS
 from .runs import assess, load_run, save_figures
 from .fitting import configure_preset, feature_space, feature_state, load_split
 from .baselines import MODELS, make_model, pairs, parse_value, plot_models, read_config
 from .processes import is_main
-from .running import headline, known_model, may_begin, note, stored_model, table, train_run, training_folder
+from .running import NETWORKS, headline, known_model, may_begin, note, stored_model, table, train_run, training_folder
+from .tuning import tune as tune_settings
+from .studies import ablations, find_runs, group_runs, plan, report, run_jobs
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Json', 'KCore', 'Folder', 'DEMO', 'show', 'check', 'shop', 'cache', 'convert', 'amazon',
-           'features', 'gather_settings', 'train', 'evaluate_run', 'demo', 'explain', 'main']
+           'features', 'gather_settings', 'train', 'evaluate_run', 'tune', 'ablate', 'compare', 'demo', 'explain',
+           'main']
 
 # %% ../nbs/15_cli.ipynb #ed5f6f9c
 app = typer.Typer(help='Multimodal sequential recommendation: data, features, training, evaluation. Add --debug to any command for a traceback.',
@@ -153,7 +155,7 @@ def gather_settings(
 def train(
     folder:Folder,
     out:Annotated[Path, typer.Option(help='Run folder to make.')],
-    model:Annotated[Optional[str], typer.Option(help=f"imecd, which is the default, or another preset ({', '.join(p for p in PRESETS if p != 'imecd')}), or a baseline ({', '.join(MODELS)}).")]=None,
+    model:Annotated[Optional[str], typer.Option(help=f"imecd, which is the default, or another network ({', '.join(p for p in NETWORKS if p != 'imecd')}), or a baseline ({', '.join(MODELS)}).")]=None,
     config:Annotated[Optional[Path], typer.Option(help='TOML file with model, settings, split and length; what is given here wins over it.')]=None,
     set_:Annotated[Optional[list[str]], typer.Option('--set', help='field=value of the model\'s configuration, or train.field=value of its training; repeatable.')]=None,
     epochs:Annotated[Optional[int], typer.Option(min=1, help='At most so many; the same as --set train.epochs=N.')]=None,
@@ -173,9 +175,9 @@ def train(
     told = read_config(config) if config else {}
     model, split, length = (a if a is not None else told.get(k, d) for k, a, d in (('model', model, 'imecd'), ('split', split, 'leave_one_out'), ('length', length, None)))
     settings = gather_settings(told, set_, epochs)
-    if known_model(model) in PRESETS: length = configure_preset(model, settings, length, seed)[0].length
+    if known_model(model) in NETWORKS: length = configure_preset(model, settings, length, seed, NETWORKS)[0].length
     else: make_model(model, settings)
-    if model in PRESETS or is_main(): may_begin(out, resume)
+    if model in NETWORKS or is_main(): may_begin(out, resume)
     run = train_run(folder, out, model, settings, split, length or 50, k_core, tune, seed, device, started, features, resume=resume, track=track or ())
     if run is not None: show(run.metrics if as_json else headline(run.metrics), as_json)
 
@@ -197,6 +199,54 @@ def evaluate_run(
     metrics = assess(stored_model(run, split, source, features), split, feature_space(source, features)[0]).metrics
     show(metrics if as_json else headline(metrics), as_json)
 
+# %% ../nbs/15_cli.ipynb #8e20d4f6
+@app.command(epilog='Example: imecd tune data/amazon18_office --model sasrec --trials 12 --out searches/sasrec')
+def tune(
+    folder:Folder,
+    out:Annotated[Path, typer.Option(help='Folder of the search; one that was begun is gone on with.')],
+    model:Annotated[str, typer.Option(help='A network.')]='imecd',
+    trials:Annotated[int, typer.Option(min=1, help='That end by themselves, completed or pruned.')]=12,
+    set_:Annotated[Optional[list[str]], typer.Option('--set', help='field=value that is not searched; repeatable.')]=None,
+    split:str='leave_one_out', length:int=50, k_core:KCore=0, seed:int=0, device:str='auto',
+    features:Annotated[Optional[Path], typer.Option(help='Folder of features; by default what the data set offers.')]=None,
+    as_json:Json=False,
+):
+    "Search the settings of a network on validation; trials.csv and best.toml in the folder."
+    found = tune_settings(folder, out, known_model(model), trials, gather_settings({}, set_, None), split, length, k_core, seed, device, features)
+    best = found.filter(state='complete').sort('value', descending=True, maintain_order=True).head(1).to_dicts()
+    show({k: v for k, v in (best or [{}])[0].items() if k not in ('state', 'error')} | {'trials': len(found)}, as_json)
+
+# %% ../nbs/15_cli.ipynb #3b9d7c52
+@app.command(epilog='Example: imecd ablate data/amazon18_office --out runs/rooms --seeds 3 --jobs 2')
+def ablate(
+    folder:Folder,
+    out:Annotated[Path, typer.Option(help='Folder of the runs; what is there is kept, what was begun is gone on with.')],
+    model:Annotated[Optional[list[str]], typer.Option(help='What to train; repeatable. By default IMECD and all its ablations and controls.')]=None,
+    sweep:Annotated[Optional[list[str]], typer.Option(help='field=value,value,...: IMECD with each of them, beside the models; repeatable.')]=None,
+    seeds:Annotated[int, typer.Option(min=1)]=3,
+    jobs:Annotated[int, typer.Option(min=1, help='Runs at one time.')]=1,
+    set_:Annotated[Optional[list[str]], typer.Option('--set', help='field=value for every network; repeatable.')]=None,
+    split:str='leave_one_out', length:int=50, device:str='auto',
+    features:Annotated[Optional[Path], typer.Option(help='Folder of features; by default what the data set offers.')]=None,
+):
+    "Make many runs of one data set, and a report of them: models, settings, seeds."
+    settings = gather_settings({}, set_, None); turned = {k: [parse_value(x) for x in v.split(',')] for k, v in pairs(sweep, '--sweep').items()}
+    made = run_jobs(folder, out, plan(ablations(folder, model), seeds, turned, settings), jobs, settings,
+                    ('--split', split, '--length', str(length), '--device', device, *(['--features', str(features)] if features else [])))
+    if len(groups := group_runs(find_runs(made))) > 1: typer.echo(report(groups, out/'report'))
+
+# %% ../nbs/15_cli.ipynb #c40f8a1d
+@app.command(epilog='Example: imecd compare runs/rooms --first imecd --out reports/rooms')
+def compare(
+    runs:Annotated[list[Path], typer.Argument(metavar='RUN...', help='Run folders, or folders that hold some; those that differ in their seed alone are taken together.')],
+    first:Annotated[Optional[str], typer.Option(help='The model that is compared with each other one; by default that of the first run.')]=None,
+    metric:Annotated[str, typer.Option(help='hr@K, ndcg@K or mrr@K, for the tests.')]='ndcg@10',
+    masked:Annotated[bool, typer.Option('--masked', help='Test the ranks without the history.')]=False,
+    out:Annotated[Path, typer.Option(help='Folder for the tables and figures.')]=Path('report'),
+):
+    "Compare runs: mean and deviation over seeds, paired tests over users, slices."
+    typer.echo(report(group_runs(find_runs(runs), first), out, metric, masked))
+
 # %% ../nbs/15_cli.ipynb #185c09fd
 DEMO = {'popularity': ('popularity', {}), 'kNN, forward': ('transition_knn', {'direction': 'forward'}), 'kNN, both ways': ('transition_knn', {'direction': 'both'}),
         'IMECD': ('imecd', {'train.patience': 3})}
@@ -217,7 +267,7 @@ def demo(
     for folder in (data, *folders.values(), *map(training_folder, folders.values())): shutil.rmtree(folder, ignore_errors=True)
     shop(data, users, items, seed); lies = load_truth(data).items.select(f'{m}_lies' for m in MODALITIES).to_numpy()
     for title, (model, settings) in DEMO.items():
-        typer.echo(f'{title} ...'); rows[title] = train_run(data, folders[title], model, settings | ({'train.epochs': epochs} if model in PRESETS else {}), seed=seed, lies=lies).metrics
+        typer.echo(f'{title} ...'); rows[title] = train_run(data, folders[title], model, settings | ({'train.epochs': epochs} if model in NETWORKS else {}), seed=seed, lies=lies).metrics
     check(data, figures=out/'figures')
     save_figures({'models': plot_models({k: v['test'] for k, v in rows.items()})}, out/'figures')
     said = '\n'.join(f'Test, history {how}, all {load_interactions(data).n_items} items ranked, mean over users\n{table(rows, part)}\n' for how, part in (('kept', 'test'), ('masked', 'test_masked')))

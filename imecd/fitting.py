@@ -78,9 +78,9 @@ def configure_preset(
     networks:dict|None=None, # name -> Network; None: those of IMECD
 )->tuple[ModelConfig, TrainConfig]:
     "The configurations behind a name; what does not exist is named together with the closest that does."
-    kind, preset = find_network(name, networks); own, train = split_settings(settings)
+    kind, preset = find_network(name, networks); own, train = split_settings({**preset, **settings})
     if length is not None: own['length'] = length
-    return configure(kind.config_class, {'seed': seed, **preset, **own}), configure(TrainConfig, {'seed': seed, **train})
+    return configure(kind.config_class, {'seed': seed, **own}), configure(TrainConfig, {'seed': seed, **train})
 
 # %% ../nbs/10a_fitting.ipynb #407fe432
 def feature_state(

@@ -238,7 +238,7 @@ class Generator(Scorer):
     "What a history asks for, and the vector that is generated from it."
     def __init__(self, config:ModelConfig, n_items:int, features:Features|None=None, counts:Tensor|None=None):
         super().__init__(config, n_items, features, torch.ones(n_items+1, dtype=torch.long) if counts is None else counts.cpu())
-        c, width, self.cdg = config, self.reader.fuse.out_features, None; top = 4*information_limit(n_items, width)
+        c, width, self.cdg = config, self.reader.width, None; top = 4*information_limit(n_items, width)
         if c.head == 'diffusion': self.cdg = ContrastiveDiffusion(width, c.steps, c.schedule, top, c.pure, c.drop, dropout=c.denoiser_dropout)
 
     @property
@@ -284,7 +284,7 @@ def weight_of(
 # %% ../nbs/08_model.ipynb #44f1b5a1
 class IMECD(Generator):
     "ID-guided multimodal experts with contrastive diffusion: all losses, summed here and nowhere else."
-    config_class = ModelConfig
+    config_class, unused = ModelConfig, ()  # what reads the settings; which of them have no effect
 
     @classmethod
     def of(cls, config:ModelConfig, data:SequenceData, features:Features|None=None):

@@ -13,12 +13,12 @@ from .model import IMECD, PRESETS
 from .processes import is_main
 from .reports import stage
 from .runs import Run, assess, load_tensors, provenance, save_figures, save_run
-from .fitting import Network, feature_space, fit_preset, history_figures, item_titles, load_split, restore, room_figures, stream_features
+from .fitting import Network, feature_space, fit_preset, history_figures, item_titles, load_split, restore, room_figures, stored, stream_features
 from .baselines import MODELS, fit_baseline, make_model
 
 # %% auto #0
-__all__ = ['NETWORKS', 'known_model', 'note', 'training_folder', 'may_begin', 'kept_training', 'train_run', 'headline', 'table',
-           'stored_model']
+__all__ = ['NETWORKS', 'known_model', 'note', 'training_folder', 'may_begin', 'kept_training', 'available', 'train_run',
+           'headline', 'table', 'stored_model']
 
 # %% ../nbs/11d_running.ipynb #91be7a50
 NETWORKS = {name: Network(IMECD, settings) for name, settings in PRESETS.items()}
@@ -72,6 +72,15 @@ def kept_training(
         elif not (Path(out)/p.name).exists(): os.replace(p, Path(out)/p.name)                            # the history, logs of trackers
     with suppress(OSError): folder.rmdir()
 
+# %% ../nbs/11d_running.ipynb #b7d40f1e
+def available(
+    folder:Path, # a data set
+    names,       # modalities that a baseline reads
+    source=None, # folder of features; None: what the data set offers
+):
+    "The features that there are of these modalities; None for a baseline that reads none."
+    return stream_features(folder, '+'.join(stored(source, names) if source else names), source) if names else None
+
 # %% ../nbs/11d_running.ipynb #50ae79f7
 def train_run(
     folder:Path,          # a data set
@@ -105,7 +114,7 @@ def train_run(
             more = {'training': {'best': history.best, 'epochs': len(history.table), 'minutes': history.minutes, 'processes': int(os.environ.get('WORLD_SIZE', 1))}}
             figures = lambda: {**history_figures(history, chosen, fitted.config.codes), **room_figures(fitted, data, item_titles(data), lies)}
             if not is_main(): return None
-        else: fitted, trials = fit_baseline(model, data, settings, tune); tables = {} if trials is None else {'trials': trials}
+        else: fitted, trials = fit_baseline(model, data, settings, tune, available(folder, MODELS[model].needs, features)); tables = {} if trials is None else {'trials': trials}
         config['settings'], found = asdict(fitted.config), assess(fitted, data, space)
         origin = provenance(data, folder, started, features={**manifest, 'items': {k: v for k, v in manifest['items'].items() if k != 'ids'}}, **more)
         run = save_run(out, config, fitted, found, origin, tables)

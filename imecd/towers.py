@@ -164,6 +164,7 @@ class UserTower(nn.Module):
         if c.vq != 'none': self.vq = ModalityVQ(n, c.codes, c.dim, c.levels, c.vq == 'shared', c.replace, c.guidance, c.rotation,
                                                 learn=c.learn, decay=c.decay, commitment=c.commitment, revive=c.revive)
         self.fuse, one = nn.Linear(n*c.dim, c.dim if c.item == 'sum' else n*c.dim), torch.eye(c.dim)
+        self.width = self.fuse.out_features  # D_x
         with torch.no_grad(): self.fuse.weight.copy_(one.repeat(1, n) if c.item == 'sum' else torch.block_diag(*[one]*n)); self.fuse.bias.zero_()
 
     def streams(self, c)->int: return len(c.streams.split('+'))  # S that are encoded

@@ -29,7 +29,7 @@ SPACE = {'train.lr': Log(5e-4, 4e-3), 'dropout': (.2, .3, .4, .5, .6, .7), 'laye
 WITH_CONTENT = {'feature_dropout': (0., .2, .5)}
 WITH_DIFFUSION = {'w_contrast': (0., .02, .1), 'denoiser_dropout': (.2, .5)}
 
-# %% ../nbs/11e_tuning.ipynb #dbe83920
+# %% ../nbs/11e_tuning.ipynb #90bd6128
 def space_of(
     model:str,     # one of `NETWORKS`
     settings:dict, # what is fixed
@@ -38,7 +38,7 @@ def space_of(
     c = configure_preset(model, settings, networks=NETWORKS)[0]
     space = SPACE | (WITH_CONTENT if c.streams != 'id' else {}) | (WITH_DIFFUSION if c.head == 'diffusion' else {})
     if c.score != 'cosine': space = {k: v for k, v in space.items() if k != 'temperature'}
-    return {k: v for k, v in space.items() if k not in settings and k not in getattr(NETWORKS[model].kind, 'unused', ())}
+    return {k: v for k, v in space.items() if k not in settings and k not in NETWORKS[model].kind.unused}
 
 # %% ../nbs/11e_tuning.ipynb #1c3040a2
 def suggest(
