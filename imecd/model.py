@@ -192,7 +192,7 @@ def never_asked(
 # %% ../nbs/08_model.ipynb #73c00c23
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
-    item_tower, user_tower = ItemTower, UserTower  # what another model may put in their places
+    item_tower, user_tower, diffusion = ItemTower, UserTower, ContrastiveDiffusion  # what another model may put in their places
     def __init__(self,
         config:ModelConfig,
         n_items:int,            # N
@@ -239,7 +239,7 @@ class Generator(Scorer):
     def __init__(self, config:ModelConfig, n_items:int, features:Features|None=None, counts:Tensor|None=None):
         super().__init__(config, n_items, features, torch.ones(n_items+1, dtype=torch.long) if counts is None else counts.cpu())
         c, width, self.cdg = config, self.reader.width, None; top = 4*information_limit(n_items, width)
-        if c.head == 'diffusion': self.cdg = ContrastiveDiffusion(width, c.steps, c.schedule, top, c.pure, c.drop, dropout=c.denoiser_dropout)
+        if c.head == 'diffusion': self.cdg = self.diffusion(width, c.steps, c.schedule, top, c.pure, c.drop, dropout=c.denoiser_dropout)
 
     @property
     def staged(self)->bool: return self.cdg is not None or self.reader.vq is not None  # some of it waits for a warm-up

@@ -15,13 +15,16 @@ from .reports import stage
 from .runs import Run, assess, load_tensors, provenance, save_figures, save_run
 from .fitting import Network, feature_space, fit_preset, history_figures, item_titles, load_split, restore, room_figures, stored, stream_features
 from .baselines import MODELS, fit_baseline, make_model
+from .sequential import SEQUENTIAL
+from .multimodal import MULTIMODAL
+from .generators import DIFFUSION
 
 # %% auto #0
 __all__ = ['NETWORKS', 'known_model', 'note', 'training_folder', 'may_begin', 'kept_training', 'available', 'train_run',
            'headline', 'table', 'stored_model']
 
 # %% ../nbs/11d_running.ipynb #91be7a50
-NETWORKS = {name: Network(IMECD, settings) for name, settings in PRESETS.items()}
+NETWORKS = {**{name: Network(IMECD, settings) for name, settings in PRESETS.items()}, **SEQUENTIAL, **MULTIMODAL, **DIFFUSION}
 
 # %% ../nbs/11d_running.ipynb #2311eea7
 def known_model(

@@ -186,7 +186,7 @@ def search(study, trials:int, train, space:dict, fixed:dict, out:Path, model:str
         row = keep_trials(study, out, model, fixed).row(-1, named=True); tell(f"trial {row['trial']}: {state.lower()}, {row['value']:.4f} after {row['epochs']} epochs, {row['minutes']:.1f} min" if row['value'] else f"trial {row['trial']}: {row['error']}")
     return keep_trials(study, out, model, fixed)
 
-# %% ../nbs/11e_tuning.ipynb #11307536
+# %% ../nbs/11e_tuning.ipynb #3acfdd5d
 def plot_search(
     trials:pl.DataFrame, # from `trial_table`
     title:str='The defaults are the first trial; grey ones were stopped early',
@@ -197,7 +197,7 @@ def plot_search(
     best, top = [], float('-inf')
     for x, ok in zip(v, full): top = max(top, x) if ok else top; best.append(top)
     ax.step(n, best, where='post', color=CYCLE[0], label='best so far'); ax.scatter(n, v, s=24, color=[COLOURS['mark'] if ok else COLOURS['context'] for ok in full], zorder=3)
-    ax.set_xticks(n); ax.legend(loc='lower right')
+    ax.set_xticks(n); ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return label(ax, title, 'trial', 'best NDCG on validation')
 
 # %% ../nbs/11e_tuning.ipynb #c90c92ac
