@@ -88,6 +88,7 @@ class SequenceData:
     offsets: Tensor   # (U+1,) int64
     windows: Windows  # the rows of an epoch
     rest: Tensor|None = None # (events,) how many events after this one share its tie group, None where ties are unknown
+    before: Tensor|None = None # (events,) how many before this one do
     times: Tensor|None = None # (events,) seconds since 1970, None where they are unknown
 
     @property
@@ -99,9 +100,10 @@ class SequenceData:
     @property
     def device(self)->torch.device: return self.events.device
 
-    def epoch(self, seed:int, epoch:int, targets:int=1024, bucketed:bool|None=None)->Iterator[Batch]:
-        "The batches of one epoch, about `targets` questions each; `bucketed` puts rows of like length together."
-        for rows in epoch_rows(self.windows, seed, epoch, targets, self.device.type == 'cpu' if bucketed is None else bucketed): yield gather_rows(self, rows)
+    def epoch(self, seed:int, epoch:int, targets:int=1024, bucketed:bool|None=None, reverse:float=0.)->Iterator[Batch]:
+        "The batches of one epoch, about `targets` questions each; `bucketed` puts rows of like length together; a share `reverse` of the rows is read from its end."
+        turned = rng(seed, 'reverse', epoch).random(len(self.windows.users)) < reverse
+        for rows in epoch_rows(self.windows, seed, epoch, targets, self.device.type == 'cpu' if bucketed is None else bucketed): yield gather_rows(self, rows, turned[rows])
 
     def cases(self, part:str='test')->Cases:
         "The questions of `valid` or `test`."
@@ -143,9 +145,10 @@ def sequence_data(
     "Put a split data set on the device and cut its rows."
     if length < 2 or length % 2: raise ImecdError(f'length={length}: the longest row must be an even number of at least 2')
     put = lambda x: torch.as_tensor(np.ascontiguousarray(x)).to(device)
-    rest = None if split.data.ties is None else put(ties_left(tie_starts(split.data)))
+    rest = before = None
+    if split.data.ties is not None: starts = tie_starts(split.data); rest, before = put(ties_left(starts)), put(np.arange(len(starts))-starts)
     times = None if split.data.times is None else put(split.data.times.astype(np.int64))
-    return SequenceData(split, length, put(split.data.events), put(split.data.offsets), cut_windows(split.data.offsets[:-1], split.train, length), rest, times)
+    return SequenceData(split, length, put(split.data.events), put(split.data.offsets), cut_windows(split.data.offsets[:-1], split.train, length), rest, before, times)
 
 # %% ../nbs/03a_batch.ipynb #e92fa197
 def epoch_rows(
@@ -168,14 +171,16 @@ def epoch_rows(
 def gather_rows(
     data:SequenceData, # where the events are
     rows:np.ndarray,   # windows of this batch
+    turned:np.ndarray|None=None, # (R,) bool: read from its end, so that every item is asked after what came later
 )->Batch:
     "Gather windows into a packed batch."
-    w, total = data.windows, int(data.windows.lengths[rows].sum())
-    table = torch.as_tensor(np.stack([w.users[rows], w.start[rows], w.lengths[rows], w.first[rows]])).to(data.device, non_blocking=True)
+    w, total = data.windows, int(data.windows.lengths[rows].sum()); turned = np.zeros(len(rows), bool) if turned is None else turned
+    table = torch.as_tensor(np.stack([w.users[rows], w.start[rows], w.lengths[rows], w.first[rows], turned])).to(data.device, non_blocking=True)
     flat, positions, offsets = _flat(table[1], table[2], total)
-    first, count = torch.repeat_interleave(table[2:].flip(0), table[2], dim=1, output_size=total)
-    tied = None if data.rest is None else torch.minimum(data.rest[flat+1], count-1-positions)
-    return Batch(table[0], data.events[flat].long(), torch.where(flat >= first, data.events[flat+1], PAD).long(), positions, offsets, tied, None if data.times is None else data.times[flat])
+    count, first, back = torch.repeat_interleave(table[2:], table[2], dim=1, output_size=total); back = back > 0
+    flat = torch.where(back, flat-2*positions+count, flat); ask = torch.where(back, flat-1, flat+1)                  # event that is read, event that is asked
+    tied = None if data.rest is None else torch.where(back, torch.minimum(data.before[ask], ask-first), torch.minimum(data.rest[ask], count-1-positions)).clamp(min=0)
+    return Batch(table[0], data.events[flat].long(), torch.where(torch.minimum(flat, ask) >= first, data.events[ask], PAD).long(), positions, offsets, tied, None if data.times is None else data.times[flat])
 
 # %% ../nbs/03a_batch.ipynb #30239609
 def plot_batch(

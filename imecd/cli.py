@@ -231,7 +231,7 @@ def ablate(
 ):
     "Make many runs of one data set, and a report of them: models, settings, seeds."
     settings = gather_settings({}, set_, None); turned = {k: [parse_value(x) for x in v.split(',')] for k, v in pairs(sweep, '--sweep').items()}
-    made = run_jobs(folder, out, plan(ablations(folder, model), seeds, turned, settings), jobs, settings,
+    made = run_jobs(folder, out, plan(ablations(folder, model, features), seeds, turned, settings), jobs, settings,
                     ('--split', split, '--length', str(length), '--device', device, *(['--features', str(features)] if features else [])))
     if len(groups := group_runs(find_runs(made))) > 1: typer.echo(report(groups, out/'report'))
 

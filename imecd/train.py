@@ -42,6 +42,7 @@ class TrainConfig:
     average:float=2.    # epochs over which parameters are averaged before they are judged and kept, 0 for none
     clip:float=5.       # largest norm of the gradient
     warmup:int=2        # epochs in which the condition answers alone; then the codes are placed
+    reverse:float=0.    # share of the rows that are read from their end, drawn anew every epoch; never at evaluation
     metric_k:int=20     # NDCG@k on validation chooses the epoch
     bf16:bool=False     # matrix products in bfloat16, sums and losses in float32
     shard:bool=False    # of several processes, each holds a part of the IDs and their moments (chapter 09f); needs sampled softmax
@@ -51,7 +52,8 @@ class TrainConfig:
             if getattr(self, name) < least: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be at least {least}')
         for name in ('lr', 'clip'):
             if not 0 < getattr(self, name) < math.inf: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be above 0 and finite')
-        if not 0 <= self.lr_end <= 1: raise ImecdError(f'TrainConfig, lr_end={self.lr_end}: must be between 0 and 1')
+        for name in ('lr_end', 'reverse'):
+            if not 0 <= getattr(self, name) <= 1: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be between 0 and 1')
         for name in ('weight_decay', 'average', 'lr_warmup'):
             if not 0 <= getattr(self, name) < math.inf: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be at least 0 and finite')
 
@@ -290,7 +292,7 @@ def fit(
             if epoch == c.warmup:
                 with processes.undivided(): model.place_codes(data, c.seed); processes.agree(model.reader)
                 if model.staged: best = Best(-1., epoch, None)  # an unfinished model does not compete
-            row = {'epoch': epoch, **train_epoch(model, report.read(data.epoch(c.seed, epoch, c.targets), c.targets), optimiser, c, epoch, processes)}; took = time.time()-start
+            row = {'epoch': epoch, **train_epoch(model, report.read(data.epoch(c.seed, epoch, c.targets, reverse=c.reverse), c.targets), optimiser, c, epoch, processes)}; took = time.time()-start
             with wear(model, mean.parameters()):
                 with processes.undivided():
                     r, codes = validate(model, data, cases, processes=processes)
