@@ -14,8 +14,8 @@ from .histories import Split, tie_starts
 
 # %% auto #0
 __all__ = ['Batch', 'Windows', 'cut_windows', 'Cases', 'SequenceData', 'ties_left', 'sequence_data', 'epoch_rows', 'gather_rows',
-           'plot_batch', 'make_cases', 'gather_history', 'last_ties', 'pad_rows', 'unpad_rows', 'plot_padding', 'Turn',
-           'take_part']
+           'runs_left', 'vary_rows', 'plot_batch', 'make_cases', 'gather_history', 'last_ties', 'pad_rows',
+           'unpad_rows', 'plot_padding', 'Turn', 'take_part']
 
 # %% ../nbs/03a_batch.ipynb #ea15add8
 class Batch(NamedTuple):
@@ -88,7 +88,7 @@ class SequenceData:
     offsets: Tensor   # (U+1,) int64
     windows: Windows  # the rows of an epoch
     rest: Tensor|None = None # (events,) how many events after this one share its tie group, None where ties are unknown
-    before: Tensor|None = None # (events,) how many before this one do
+    group: Tensor|None = None # (events,) number of its tie group
     times: Tensor|None = None # (events,) seconds since 1970, None where they are unknown
 
     @property
@@ -100,19 +100,17 @@ class SequenceData:
     @property
     def device(self)->torch.device: return self.events.device
 
-    def epoch(self, seed:int, epoch:int, targets:int=1024, bucketed:bool|None=None, reverse:float=0.)->Iterator[Batch]:
-        "The batches of one epoch, about `targets` questions each; `bucketed` puts rows of like length together; a share `reverse` of the rows is read from its end."
-        turned = rng(seed, 'reverse', epoch).random(len(self.windows.users)) < reverse
-        for rows in epoch_rows(self.windows, seed, epoch, targets, self.device.type == 'cpu' if bucketed is None else bucketed): yield gather_rows(self, rows, turned[rows])
+    def epoch(self, seed:int, epoch:int, targets:int=1024, bucketed:bool|None=None, reverse:float=0., skip:float=0.)->Iterator[Batch]:
+        "The batches of one epoch, about `targets` questions each; `bucketed` puts rows of like length together. `reverse`, `skip`: see `vary_rows`."
+        g = rng(seed, 'vary', epoch); turned, kept = g.random(len(self.windows.users)) < reverse, g.random(len(self.events)) >= skip
+        for rows in epoch_rows(self.windows, seed, epoch, targets, self.device.type == 'cpu' if bucketed is None else bucketed): yield vary_rows(self, rows, turned[rows], kept) if reverse or skip else gather_rows(self, rows)
 
     def cases(self, part:str='test')->Cases:
         "The questions of `valid` or `test`."
         at = getattr(self.split, part); users = np.flatnonzero(at >= 0)
         return make_cases(self, users, at[users], at[users])
 
-    def tie_cases(self)->Cases:
-        "Every event of a user's last tie group that was not trained on, asked after what precedes the group."
-        return make_cases(self, *last_ties(self.split))
+    def tie_cases(self)->Cases: return make_cases(self, *last_ties(self.split))  # every event of a user's last tie group that was not trained on, asked after what precedes the group
 
     def by_length(self, cases:Cases)->Tensor: return (cases.stops-self.offsets[cases.users]).clamp(max=self.length).argsort(stable=True)  # (Q,) questions in the order of what is read
 
@@ -145,10 +143,10 @@ def sequence_data(
     "Put a split data set on the device and cut its rows."
     if length < 2 or length % 2: raise ImecdError(f'length={length}: the longest row must be an even number of at least 2')
     put = lambda x: torch.as_tensor(np.ascontiguousarray(x)).to(device)
-    rest = before = None
-    if split.data.ties is not None: starts = tie_starts(split.data); rest, before = put(ties_left(starts)), put(np.arange(len(starts))-starts)
+    rest = group = None
+    if split.data.ties is not None: group = tie_starts(split.data); rest, group = put(ties_left(group)), put(group)
     times = None if split.data.times is None else put(split.data.times.astype(np.int64))
-    return SequenceData(split, length, put(split.data.events), put(split.data.offsets), cut_windows(split.data.offsets[:-1], split.train, length), rest, before, times)
+    return SequenceData(split, length, put(split.data.events), put(split.data.offsets), cut_windows(split.data.offsets[:-1], split.train, length), rest, group, times)
 
 # %% ../nbs/03a_batch.ipynb #e92fa197
 def epoch_rows(
@@ -171,16 +169,41 @@ def epoch_rows(
 def gather_rows(
     data:SequenceData, # where the events are
     rows:np.ndarray,   # windows of this batch
-    turned:np.ndarray|None=None, # (R,) bool: read from its end, so that every item is asked after what came later
 )->Batch:
     "Gather windows into a packed batch."
-    w, total = data.windows, int(data.windows.lengths[rows].sum()); turned = np.zeros(len(rows), bool) if turned is None else turned
-    table = torch.as_tensor(np.stack([w.users[rows], w.start[rows], w.lengths[rows], w.first[rows], turned])).to(data.device, non_blocking=True)
+    w, total = data.windows, int(data.windows.lengths[rows].sum())
+    table = torch.as_tensor(np.stack([w.users[rows], w.start[rows], w.lengths[rows], w.first[rows]])).to(data.device, non_blocking=True)
     flat, positions, offsets = _flat(table[1], table[2], total)
-    count, first, back = torch.repeat_interleave(table[2:], table[2], dim=1, output_size=total); back = back > 0
-    flat = torch.where(back, flat-2*positions+count, flat); ask = torch.where(back, flat-1, flat+1)                  # event that is read, event that is asked
-    tied = None if data.rest is None else torch.where(back, torch.minimum(data.before[ask], ask-first), torch.minimum(data.rest[ask], count-1-positions)).clamp(min=0)
-    return Batch(table[0], data.events[flat].long(), torch.where(torch.minimum(flat, ask) >= first, data.events[ask], PAD).long(), positions, offsets, tied, None if data.times is None else data.times[flat])
+    first, count = torch.repeat_interleave(table[2:].flip(0), table[2], dim=1, output_size=total)
+    tied = None if data.rest is None else torch.minimum(data.rest[flat+1], count-1-positions)
+    return Batch(table[0], data.events[flat].long(), torch.where(flat >= first, data.events[flat+1], PAD).long(), positions, offsets, tied, None if data.times is None else data.times[flat])
+
+# %% ../nbs/03a_batch.ipynb #e8a3d5c1
+def runs_left(
+    key:Tensor, # (P, k) equal neighbours belong together
+)->Tensor: # (P,) how many of its run come after each
+    "Lengths of what follows in runs of equal rows."
+    n = len(key); at = torch.arange(n, device=key.device); new = torch.ones(n+1, dtype=torch.bool, device=key.device); new[1:-1] = (key[1:] != key[:-1]).any(1)
+    ends = torch.where(new[1:], at+1, n).flip(0).cummin(0).values.flip(0)
+    return ends-1-at
+
+# %% ../nbs/03a_batch.ipynb #d4b70f92
+def vary_rows(
+    data:SequenceData, # where the events are
+    rows:np.ndarray,   # windows of this batch
+    turned:np.ndarray, # (R,) bool: read from its end
+    kept:np.ndarray,   # (events,) bool: not left out
+)->Batch:
+    "Gather windows into a packed batch, some from their end, without some of their events."
+    w = data.windows; n = w.lengths[rows]+1; row = np.repeat(np.arange(len(rows)), n); k = np.arange(n.sum())-np.repeat(np.cumsum(n)-n, n)
+    event = np.where(turned[row], w.stop[rows][row]-k, w.start[rows][row]+k); stays = kept[event]
+    stays |= (np.bincount(row, stays, len(rows)) < 2)[row]; row, event = row[stays], event[stays]; pair = row[1:] == row[:-1]
+    count = np.bincount(row)-1; offsets = np.r_[0, count.cumsum()]; row = row[:-1][pair]
+    table = np.stack([row, event[:-1][pair], event[1:][pair], np.arange(len(row))-offsets[row], w.first[rows][row]])
+    row, read, ask, positions, first = torch.as_tensor(table).to(data.device, non_blocking=True)
+    asked, put = torch.minimum(read, ask) >= first, lambda x: torch.as_tensor(x).to(data.device)
+    tied = None if data.group is None else runs_left(torch.stack([row, data.group[ask], asked.long()], 1))
+    return Batch(put(w.users[rows]), data.events[read].long(), torch.where(asked, data.events[ask], PAD).long(), positions, put(offsets), tied, None if data.times is None else data.times[read])
 
 # %% ../nbs/03a_batch.ipynb #30239609
 def plot_batch(

@@ -43,6 +43,7 @@ class TrainConfig:
     clip:float=5.       # largest norm of the gradient
     warmup:int=2        # epochs in which the condition answers alone; then the codes are placed
     reverse:float=0.    # share of the rows that are read from their end, drawn anew every epoch; never at evaluation
+    skip:float=0.       # share of the events that rows leave out, the same
     metric_k:int=20     # NDCG@k on validation chooses the epoch
     bf16:bool=False     # matrix products in bfloat16, sums and losses in float32
     shard:bool=False    # of several processes, each holds a part of the IDs and their moments (chapter 09f); needs sampled softmax
@@ -52,8 +53,7 @@ class TrainConfig:
             if getattr(self, name) < least: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be at least {least}')
         for name in ('lr', 'clip'):
             if not 0 < getattr(self, name) < math.inf: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be above 0 and finite')
-        for name in ('lr_end', 'reverse'):
-            if not 0 <= getattr(self, name) <= 1: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be between 0 and 1')
+        if bad := [n for n in ('lr_end', 'reverse', 'skip') if not 0 <= getattr(self, n) <= 1]: raise ImecdError(f'TrainConfig, {bad[0]}={getattr(self, bad[0])}: must be between 0 and 1')
         for name in ('weight_decay', 'average', 'lr_warmup'):
             if not 0 <= getattr(self, name) < math.inf: raise ImecdError(f'TrainConfig, {name}={getattr(self, name)}: must be at least 0 and finite')
 
@@ -146,8 +146,7 @@ def lr_share(
 )->float: # between 0 and 1
     "Share of the learning rate: linear warm-up, then a cosine (Loshchilov and Hutter 2017, without restarts)."
     if at < config.lr_warmup: return at/config.lr_warmup
-    rest = (at-config.lr_warmup)/max(config.epochs-config.lr_warmup, 1e-9)
-    return config.lr_end+(1-config.lr_end)*(1+math.cos(math.pi*min(rest, 1)))/2
+    return config.lr_end+(1-config.lr_end)*(1+math.cos(math.pi*min((at-config.lr_warmup)/max(config.epochs-config.lr_warmup, 1e-9), 1)))/2
 
 # %% ../nbs/10_train.ipynb #ddfd7ba0
 def schedule_lr(
@@ -292,7 +291,7 @@ def fit(
             if epoch == c.warmup:
                 with processes.undivided(): model.place_codes(data, c.seed); processes.agree(model.reader)
                 if model.staged: best = Best(-1., epoch, None)  # an unfinished model does not compete
-            row = {'epoch': epoch, **train_epoch(model, report.read(data.epoch(c.seed, epoch, c.targets, reverse=c.reverse), c.targets), optimiser, c, epoch, processes)}; took = time.time()-start
+            row = {'epoch': epoch, **train_epoch(model, report.read(data.epoch(c.seed, epoch, c.targets, reverse=c.reverse, skip=c.skip), c.targets), optimiser, c, epoch, processes)}; took = time.time()-start
             with wear(model, mean.parameters()):
                 with processes.undivided():
                     r, codes = validate(model, data, cases, processes=processes)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from imecd.batch import cut_windows, pad_rows, sequence_data, unpad_rows
+from imecd.batch import vary_rows, cut_windows, pad_rows, sequence_data, unpad_rows
 from imecd.core import PAD, ImecdError
 from imecd.histories import leave_one_out, load_interactions
 
@@ -127,3 +127,23 @@ def test_no_windows_of_nothing(): assert len(cut_windows(np.array([0]), np.array
 def test_toys_ask_every_prefix(real):
     data = load_interactions(real('amazon14_toys')); d = sequence_data(leave_one_out(data))
     assert d.n_targets == int((data.lengths-3).sum())
+
+
+def test_rows_that_vary(made):
+    "Turned: every question once, the other way round. Skipped: what is asked stood later in the same row. Tie groups are those of the row as it is read; what a row only reads for context is not asked."
+    g = np.random.default_rng(5); lengths = g.integers(3, 60, 40); ties = np.concatenate([np.sort(g.integers(0, max(2, n//3), n)) for n in lengths]); d = sequence_data(leave_one_out(made(lengths, ties=ties)), 10)
+    def asked(**kw): return sorted((int(u), int(a), int(b)) for x in d.epoch(0, 3, 64, **kw) for u, a, b in zip(x.users.repeat_interleave(x.lengths), x.items, x.targets) if b)
+    assert asked(reverse=1.) == sorted((u, b, a) for u, a, b in asked()) and asked(reverse=1e-9) == asked() and asked(reverse=.5) == asked(reverse=.5) != asked()
+    some = asked(skip=.4); assert .5 < len(some)/len(asked()) < .8 and all((u in d.windows.users) for u, _, _ in some)
+    for u, a, b in some: h = d.events[d.offsets[u]:d.split.train[u]].tolist(); assert any(a == h[i] and b in h[i+1:] for i in range(len(h)))
+    for kw in ({}, {'reverse': 1.}, {'reverse': .5, 'skip': .4}, {'skip': .999}):
+        for x in d.epoch(0, 3, 64, **kw):
+            places, m, last = torch.arange(len(x.items)), x.targets > 0, x.offsets[1:].repeat_interleave(x.lengths)
+            assert (x.lengths > 0).all() and (places+x.tied < last).all() and (x.targets[(places+x.tied)[m]] > 0).all() and (x.positions == places-x.offsets[:-1].repeat_interleave(x.lengths)).all()
+
+
+def test_a_tie_group_is_that_of_the_row_as_it_is_read(made):
+    "Events 0 to 7 in groups of two, three and three; the last two are held out. Read straight and turned, and without the second event of the middle group."
+    data = made([8], ties=np.array([0, 0, 1, 1, 1, 2, 2, 2])); d = sequence_data(leave_one_out(data), 10); rows = np.array([0])
+    look = lambda turned, kept: vary_rows(d, rows, np.array([turned]), np.array(kept, bool)).tied.tolist()
+    assert look(False, [1]*8) == next(d.epoch(0, 0)).tied.tolist() == [0, 2, 1, 0, 0] and look(True, [1]*8) == [2, 1, 0, 1, 0] and look(False, [1, 1, 1, 0, 1, 1, 1, 1]) == [0, 1, 0, 0]
