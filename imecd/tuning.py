@@ -59,13 +59,14 @@ def default_trial(
     own = {k: getattr(t, k[6:]) if k.startswith('train.') else getattr(c, k) for k in space}
     return {k: v for k, v in own.items() if (space[k].low <= v <= space[k].high if isinstance(space[k], Log) else v in space[k])}
 
-# %% ../nbs/11e_tuning.ipynb #4ea96b56
+# %% ../nbs/11e_tuning.ipynb #8d2fa951
 def open_study(
     out:Path,     # folder of the search
     belongs:dict, # what must be the same for a search to go on
 ): # of Optuna
     "The search of a folder, begun or gone on with."
-    import optuna
+    try: import optuna
+    except ModuleNotFoundError: raise ImecdError("optuna is not installed and this needs it; `pip install 'imecd[tune]'`") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING); out.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(storage=f'sqlite:///{out/"study.sqlite"}', study_name='imecd', direction='maximize', load_if_exists=True,
                                 pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=4))
