@@ -12,52 +12,14 @@ from .batch import Batch, SequenceData, Turn, take_part
 from .moe import FIXED, GATES
 from .vq import VQOut
 from .diffusion import CONTRASTS, SCHEDULES, CDGOut, ContrastiveDiffusion, contrastive_loss, information_limit
-from .towers import Items, ItemTower, Stored, UserTower, any_tied, pack_histories, seen_items, unit
+from .towers import HistoryConfig, ItemConfig, Items, ItemTower, Stored, UserTower, any_tied, pack_histories, seen_items, unit
 from .catalogue import mean_catalogue_loss
+from .votes import last_votes, mix_votes
 from .candidates import chances, draw_candidates, step_bytes
 
 # %% auto #0
-__all__ = ['CHOICES', 'LEAST', 'PRESETS', 'ItemConfig', 'HistoryConfig', 'AnswerConfig', 'ModelConfig', 'check', 'Output',
-           'Query', 'is_sampled', 'never_asked', 'Scorer', 'Generator', 'weight_of', 'IMECD']
-
-# %% ../nbs/08_model.ipynb #159c3b5b
-@dataclasses.dataclass(frozen=True)
-class ItemConfig:
-    "What an item is."
-    streams:str='id+text+image' # what is encoded and scored
-    dim:int=64                  # D, width of a stream
-    gate:str='id_query'         # who decides how much of text and image to believe
-    experts:int=4               # E
-    top_k:int=0                 # experts kept an item, 0 for all
-    noisy:bool=False            # noise on the gate in training
-    raw:bool=False              # experts see the raw feature, not its projection
-    residual:bool=True          # experts add to the projection
-    feature_dropout:float=.2    # share of feature columns dropped in a step
-    item:str='concat'           # or `sum` of the blocks
-    id_dropout:float=.1         # share of items whose ID is replaced by its pseudo-ID in a step
-    cold_below:int=1            # an item with fewer training events uses its pseudo-ID
-
-# %% ../nbs/08_model.ipynb #05d77219
-@dataclasses.dataclass(frozen=True)
-class HistoryConfig:
-    "How a history is read."
-    layers:int=2                # blocks of an encoder
-    heads:int=2                 # of attention, a divisor of dim
-    inner:int=256               # width inside a block
-    dropout:float=.5            # in the encoders
-    norm:str='pre'              # or `post`
-    length:int=50               # L
-    vq:str='own'                # a codebook for each stream, one `shared`, or `none`
-    codes:int=64                # C
-    vq_on:str='state'           # or `sequence`: the mean state so far
-    replace:bool=False          # the code instead of the state
-    guidance:float=.02          # initial share of the code, learned
-    learn:str='ema'             # codes follow their members, or learn by `gradient`
-    rotation:bool=False         # gradient through the codes by the rotation trick
-    commitment:float=0.         # how strongly states are drawn to their codes; codes that learn by gradient need some
-    decay:float=.95             # of the codes' running means
-    revive:int=5                # steps below a tenth of the fair share before a code is placed anew
-    levels:int=1                # residual levels
+__all__ = ['CHOICES', 'LEAST', 'PRESETS', 'AnswerConfig', 'StepConfig', 'ModelConfig', 'check', 'Output', 'Query', 'is_sampled',
+           'never_asked', 'Scorer', 'Generator', 'IMECD']
 
 # %% ../nbs/08_model.ipynb #98044475
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +40,22 @@ class AnswerConfig:
     sample_steps:int=1          # S of sampling
     samples:int=1               # averaged
     scale:float=0.              # w of classifier-free guidance
+    votes:int=1                 # W, last positions that answer; their answers are mixed (chapter 07e)
+    vote_decay:float=.7         # weight of one more position back
+
+# %% ../nbs/08_model.ipynb #7e5b19d3
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    "How a step is computed."
+    mask_cold:bool=True         # never-trained items are no negatives
+    softmax:str='auto'          # in training over the `full` catalogue, over `sampled` items, or over all up to about 2 GB a step
+    negatives:int=4096          # items drawn in a step, where they are sampled
+    chunk:int=0                 # rows of scores at a time in training, 0 for what suits the device
+    seed:int=0                  # of the start and of the noise
 
 # %% ../nbs/08_model.ipynb #8131d7a7
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(AnswerConfig, HistoryConfig, ItemConfig):
+class ModelConfig(StepConfig, AnswerConfig, HistoryConfig, ItemConfig):
     "Every switch of the model; equal configurations and seeds give equal models."
     w_generated:float=1.        # weights of the losses: the generated vector asked
     w_condition:float=1.        # the condition asked directly
@@ -90,11 +64,6 @@ class ModelConfig(AnswerConfig, HistoryConfig, ItemConfig):
     w_vq:float=1.               # states drawn to their codes
     w_balance:float=.01         # experts used alike (with top_k)
     w_pseudo:float=.1           # pseudo-IDs like IDs
-    mask_cold:bool=True         # never-trained items are no negatives
-    softmax:str='auto'          # in training over the `full` catalogue, over `sampled` items, or over all up to about 2 GB a step
-    negatives:int=4096          # items drawn in a step, where they are sampled
-    chunk:int=0                 # rows of scores at a time in training, 0 for what suits the device
-    seed:int=0                  # of the start and of the noise
     def __post_init__(self): check(self)
 
 # %% ../nbs/08_model.ipynb #26ab3f4c
@@ -103,7 +72,7 @@ CHOICES = dict(gate=GATES, norm=('pre', 'post'), vq=('own', 'shared', 'none'), v
 
 # %% ../nbs/08_model.ipynb #56caf898
 LEAST = dict(dim=2, experts=1, top_k=0, layers=1, heads=1, inner=1, length=2, codes=1, levels=1, revive=1, commitment=0, scale=0, steps=1, sample_steps=1,
-             samples=1, cold_below=0, negatives=1, chunk=0, seed=0, w_generated=0, w_condition=0, w_mse=0, w_contrast=0, w_vq=0, w_balance=0, w_pseudo=0)
+             samples=1, votes=1, cold_below=0, negatives=1, chunk=0, seed=0, w_generated=0, w_condition=0, w_mse=0, w_contrast=0, w_vq=0, w_balance=0, w_pseudo=0)
 
 # %% ../nbs/08_model.ipynb #228e7e4e
 def check(
@@ -123,6 +92,7 @@ def check(
     if c.dim % c.heads: raise bad(f'dim={c.dim}, heads={c.heads}: make dim a multiple of heads')
     if c.top_k > c.experts: raise bad(f'top_k={c.top_k}, experts={c.experts}: keep at most as many experts as there are')
     if not 0 < c.decay < 1: raise bad(f'decay={c.decay}: must be between 0 and 1, without them')
+    if not 0 < c.vote_decay <= 1: raise bad(f'vote_decay={c.vote_decay}: must be above 0 and at most 1')
     if c.top_k and c.gate in FIXED: raise bad(f'top_k={c.top_k}, gate={c.gate!r}: nobody chooses experts there; leave top_k at 0 or use another gate')
     if c.learn == 'gradient' and not c.commitment: raise bad("learn='gradient', commitment=0: nothing would keep states near their codes; set commitment, e.g. to .25")
     if c.noisy and not c.top_k: raise bad('noisy=True with top_k=0: noise is for the choice of experts; set top_k or leave noisy off')
@@ -167,8 +137,9 @@ class Query:
     vectors: Tensor    # (R, D_x)
     seen: Tensor       # (R, L) items of the history, each once, PAD elsewhere
     codes: Tensor|None # (R, S) codes of the last state, where there are codebooks; (R, S, levels) with several levels
+    weights: Tensor|None = None # (R, W) logarithms, where several positions vote; `vectors` are (R, W, D_x) then
 
-    def __getitem__(self, rows): return Query(*(None if x is None else x[rows] for x in (self.vectors, self.seen, self.codes)))
+    def __getitem__(self, rows): return Query(*(None if x is None else x[rows] for x in (self.vectors, self.seen, self.codes, self.weights)))
     def __len__(self)->int: return len(self.vectors)
 
 # %% ../nbs/08_model.ipynb #00df0ef3
@@ -226,12 +197,15 @@ class Scorer(Stored):
         return self.cache[1]
 
     def score(self, query:Query)->Tensor:  # (R, N+1)
-        "Scores of all items, PAD below all; items with equal vectors tie exactly."
+        "Scores of all items, PAD below all; items with equal vectors tie exactly. Where positions vote, logarithms of probabilities."
+        return self.one_score(query.vectors, query.seen) if query.weights is None else mix_votes(lambda r: self.one_score(query.vectors[:, r], query.seen), query.weights)
+
+    def one_score(self, q:Tensor, seen:Tensor)->Tensor:  # (R, D_x), (R, L) -> (R, N+1)
         items, different, group = self.remember(); z = items.vectors
-        s = wide(query.vectors@z.T if len(different) == len(z) else (query.vectors@different.T)[:, group]); s[:, PAD] = -torch.inf
+        s = wide(q@z.T if len(different) == len(z) else (q@different.T)[:, group]); s[:, PAD] = -torch.inf
         if self.again is None: return s
-        r, k = (query.seen != PAD).nonzero(as_tuple=True)
-        return s.index_put_((r, query.seen[r, k]), self.repeat.expand(len(r)), accumulate=True)
+        r, k = (seen != PAD).nonzero(as_tuple=True)
+        return s.index_put_((r, seen[r, k]), self.repeat.expand(len(r)), accumulate=True)
 
 # %% ../nbs/08_model.ipynb #4b513bfc
 class Generator(Scorer):
@@ -244,11 +218,11 @@ class Generator(Scorer):
     @property
     def staged(self)->bool: return self.cdg is not None or self.reader.vq is not None  # some of it waits for a warm-up
 
-    def condition(self, batch:Batch)->tuple[Tensor, Tensor|None]:  # (R, D_x), (R, S)
-        "What each history asks for, and the codes it is read as, at rest."
-        whole = self.reader.pooled and self.reader.vq is not None; c, vq = self.reader(self.reader.states(self.items(), batch, not whole), batch)
+    def condition(self, batch:Batch, places:Tensor|None=None)->tuple[Tensor, Tensor|None]:  # (R, D_x), (R, S)
+        "What each history asks for, and the codes it is read as, at rest; with `places` (R, W), what it asks there (R, W, D_x)."
+        whole = places is not None or self.reader.pooled and self.reader.vq is not None; c, vq = self.reader(self.reader.states(self.items(), batch, not whole), batch)
         last = batch.offsets[1:]-1 if whole else slice(None)
-        return c[last], None if vq is None or not self.reader.vq.ready else vq.codes[:, last].transpose(0, 1)
+        return c[last if places is None else places], None if vq is None or not self.reader.vq.ready else vq.codes[:, last].transpose(0, 1)
 
     def lengthen(self, x0:Tensor, q:Tensor)->Tensor:
         "Under `dot` a generated vector, which has no length of its own, takes that of its condition."
@@ -256,9 +230,12 @@ class Generator(Scorer):
 
     def query(self, batch:Batch, callback=None)->Query:
         "What is scored against all items; `callback` gets every Step of the sampler."
-        (c, codes), k = self.condition(batch), self.config
-        q = c if self.cdg is None else self.lengthen(self.cdg.generate(c, batch.users, k.seed, k.sample_steps, k.samples, k.scale, callback), c)
-        return Query(self.ask(q), seen_items(batch, batch.offsets[1:]-1), codes)
+        k, seen = self.config, seen_items(batch, batch.offsets[1:]-1); who = last_votes(batch.offsets, k.votes, k.vote_decay) if k.votes > 1 else None
+        make = lambda c, users, callback=None: c if self.cdg is None else self.lengthen(self.cdg.generate(c, users, k.seed, k.sample_steps, k.samples, k.scale, callback), c)
+        c, codes = self.condition(batch, who and who.places)
+        if who is None: return Query(self.ask(make(c, batch.users, callback)), seen, codes)
+        rest = make(c[:, 1:].flatten(0, 1), batch.users.repeat_interleave(k.votes-1)).unflatten(0, (-1, k.votes-1))  # noise is keyed by the user, whichever position asks
+        return Query(self.ask(torch.cat([make(c[:, 0], batch.users, callback)[:, None], rest], 1)), seen, codes, who.weights)
 
     @torch.no_grad()
     def scores(self, histories:list[list[int]], users:Tensor|None=None)->Tensor:  # (R, N+1)
@@ -271,15 +248,6 @@ class Generator(Scorer):
         "Put the codes of MS-VQ where the states of training histories are; once, after a warm-up."
         if self.reader.vq is None: return
         mode = self.training; self.eval(); self.reader.place_codes(self.items(), data.epoch(seed, 0, bucketed=False), 40*self.config.codes); self.train(mode)
-
-# %% ../nbs/08_model.ipynb #d3fba00d
-def weight_of(
-    c:ModelConfig, # of the model
-    name:str,      # of a term
-    alone:bool,    # nothing is generated
-)->float:
-    "What a term of the loss counts."
-    return 1. if name == 'condition' and alone else getattr(c, f'w_{name}')
 
 # %% ../nbs/08_model.ipynb #44f1b5a1
 class IMECD(Generator):
@@ -305,7 +273,8 @@ class IMECD(Generator):
         if items.moe is not None: parts |= {'balance': items.moe.balance} | ({} if items.pseudo is None else {'pseudo': items.pseudo})
         if vq is not None: parts['vq'] = vq.loss
         if self.cdg is not None and not warmup: cdg = self.cdg(q, items.vectors[y[part.own]], part); parts |= self.generate_terms(cdg, q, items, y, users, term, part)
-        return Output(sum(weight_of(self.config, name, cdg is None)*x for name, x in parts.items()), parts, items, vq, cdg)
+        weight = lambda name: 1. if name == 'condition' and cdg is None else getattr(self.config, f'w_{name}')
+        return Output(sum(weight(name)*x for name, x in parts.items()), parts, items, vq, cdg)
 
     def generate_terms(self, cdg:CDGOut, q:Tensor, items:Items, y:Tensor, users:Tensor, term, part:Part)->dict[str, Tensor]:
         "What the generated vectors are taught: the target among all items, its vector, and not to be another user's."

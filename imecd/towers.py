@@ -6,7 +6,7 @@
 from __future__ import annotations
 from numbers import Integral
 from typing import NamedTuple
-import torch
+import dataclasses, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .core import COLOURS, MODALITIES, PAD, STREAMS, ImecdError, Part, label, new_axes, wide
@@ -17,8 +17,8 @@ from .encoder import SequenceEncoder
 from .vq import ModalityVQ, VQOut
 
 # %% auto #0
-__all__ = ['unit', 'plot_blocks', 'Items', 'feature_table', 'ItemTables', 'ItemTower', 'mean_so_far', 'UserTower',
-           'pack_histories', 'seen_items', 'any_tied', 'Stored']
+__all__ = ['unit', 'plot_blocks', 'ItemConfig', 'Items', 'feature_table', 'ItemTables', 'ItemTower', 'mean_so_far',
+           'HistoryConfig', 'UserTower', 'pack_histories', 'seen_items', 'any_tied', 'Stored']
 
 # %% ../nbs/07b_towers.ipynb #a297149b
 def unit(
@@ -39,6 +39,23 @@ def plot_blocks(
         left = [a+100*v for a, v in zip(left, values)]
     ax.set_yticks(range(len(shares)), list(shares)); ax.invert_yaxis(); ax.set_xlim(0, 100); ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return label(ax, 'Of length one, no block drowns the others', 'share of the squared length (%)', '')
+
+# %% ../nbs/07b_towers.ipynb #159c3b5b
+@dataclasses.dataclass(frozen=True)
+class ItemConfig:
+    "What an item is."
+    streams:str='id+text+image' # what is encoded and scored
+    dim:int=64                  # D, width of a stream
+    gate:str='id_query'         # who decides how much of text and image to believe
+    experts:int=4               # E
+    top_k:int=0                 # experts kept an item, 0 for all
+    noisy:bool=False            # noise on the gate in training
+    raw:bool=False              # experts see the raw feature, not its projection
+    residual:bool=True          # experts add to the projection
+    feature_dropout:float=.2    # share of feature columns dropped in a step
+    item:str='concat'           # or `sum` of the blocks
+    id_dropout:float=.1         # share of items whose ID is replaced by its pseudo-ID in a step
+    cold_below:int=1            # an item with fewer training events uses its pseudo-ID
 
 # %% ../nbs/07b_towers.ipynb #480586e5
 class Items(NamedTuple):
@@ -152,6 +169,28 @@ def mean_so_far(
     total = torch.cat([h.new_zeros(len(h), 1, h.shape[-1]), h.double().cumsum(1)], 1)
     place = torch.arange(h.shape[1], device=h.device); start = place-batch.positions
     return ((total[:, 1:]-total[:, start])/(batch.positions+1)[:, None]).to(h.dtype)
+
+# %% ../nbs/07b_towers.ipynb #05d77219
+@dataclasses.dataclass(frozen=True)
+class HistoryConfig:
+    "How a history is read."
+    layers:int=2                # blocks of an encoder
+    heads:int=2                 # of attention, a divisor of dim
+    inner:int=256               # width inside a block
+    dropout:float=.5            # in the encoders
+    norm:str='pre'              # or `post`
+    length:int=50               # L
+    vq:str='own'                # a codebook for each stream, one `shared`, or `none`
+    codes:int=64                # C
+    vq_on:str='state'           # or `sequence`: the mean state so far
+    replace:bool=False          # the code instead of the state
+    guidance:float=.02          # initial share of the code, learned
+    learn:str='ema'             # codes follow their members, or learn by `gradient`
+    rotation:bool=False         # gradient through the codes by the rotation trick
+    commitment:float=0.         # how strongly states are drawn to their codes; codes that learn by gradient need some
+    decay:float=.95             # of the codes' running means
+    revive:int=5                # steps below a tenth of the fair share before a code is placed anew
+    levels:int=1                # residual levels
 
 # %% ../nbs/07b_towers.ipynb #fd8126bb
 class UserTower(nn.Module):

@@ -135,8 +135,7 @@ def train_epoch(
     if model.sampled:
         with processes.undivided(): model.table.take_stock()
     for n, batch in enumerate(batches, 1):
-        terms = train_step(processes, batch, optimiser, config, epoch < config.warmup, f'epoch {epoch}, batch {n-1}')
-        total = {name: total.get(name, 0.)+x for name, x in terms.items()}
+        total = {name: total.get(name, 0.)+x for name, x in train_step(processes, batch, optimiser, config, epoch < config.warmup, f'epoch {epoch}, batch {n-1}').items()}
     optimiser.zero_grad(set_to_none=True); return {name: float(x)/n for name, x in processes.mean(total).items()}
 
 # %% ../nbs/10_train.ipynb #4ca3ba09

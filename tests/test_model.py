@@ -735,3 +735,22 @@ def test_a_query_is_cut_by_rows():
     from dataclasses import replace
     q = Query(torch.arange(12.).view(6, 2), torch.ones(6, 3, dtype=torch.long), None); part = q[2:4]
     assert len(q) == 6 and len(part) == 2 and torch.equal(part.vectors, q.vectors[2:4]) and part.codes is None and len(replace(q, vectors=q.vectors+1)) == 6
+
+
+@pytest.mark.parametrize('name', ['imecd', 'sasrec', 'vq_sequence', 'wo_msvq'])
+def test_positions_that_vote_answer_as_their_prefixes_do(name):
+    "Each vote is what the history up to that position asks for, with the noise of the same user; the mixture is that of their softmaxes, without what the whole history has."
+    m = model_of(config(**{**PRESETS[name], 'votes': 3, 'vote_decay': .5})).eval(); one = model_of(config(**PRESETS[name])).eval(); one.load_state_dict(m.state_dict())
+    if m.reader.vq is not None: m.reader.vq.initialise(torch.randn(m.reader.streams(m.config), 200, m.config.dim)); one.load_state_dict(m.state_dict())
+    history = [3, 1, 4, 1]
+    with torch.no_grad():
+        q = m.query(rows([history, [2]])); prefixes = [one.query(rows([history[:4-r]])) for r in range(3)]
+        for r, p in enumerate(prefixes): torch.testing.assert_close(q.vectors[0, r], p.vectors[0], atol=1e-4, rtol=1e-4)
+        table = torch.stack([one.score(Query(p.vectors, q.seen[:1], None))[0] for p in prefixes]); mixed = (torch.tensor([4., 2, 1])[:, None]/7*table.softmax(-1)).sum(0)
+        s = m.score(q); torch.testing.assert_close(s[0, 1:].exp(), mixed[1:], atol=1e-5, rtol=1e-3); assert (s[:, PAD] == -torch.inf).all()
+        assert torch.equal(s[1, 1:].argsort(), one.score(one.query(rows([[2]])))[0, 1:].argsort()) and torch.allclose(m.score(q[1:])[0, 1:], s[1, 1:], atol=1e-4)
+
+
+def test_votes_are_checked():
+    for bad in (dict(votes=0), dict(vote_decay=0.), dict(vote_decay=1.5)):
+        with pytest.raises(ImecdError, match='vote'): config(**bad)
