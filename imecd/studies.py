@@ -49,7 +49,7 @@ def plan(
             jobs.append(Job(model, own, seed))
     return list({job.name: job for job in jobs}.values())
 
-# %% ../nbs/11f_studies.ipynb #fd3bfc40
+# %% ../nbs/11f_studies.ipynb #8b0ad525
 def end_with_parent(every:float=1.)->None:
     "From now on, look every so many seconds whether the process that started this one is still there; end when it is not."
     parent = os.getppid()
@@ -58,7 +58,7 @@ def end_with_parent(every:float=1.)->None:
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/11f_studies.ipynb #a4731a95
+# %% ../nbs/11f_studies.ipynb #54409248
 def command(
     folder:Path,   # a data set
     out:Path,      # run folder to make
@@ -71,7 +71,7 @@ def command(
     return [sys.executable, '-c', 'from imecd.studies import end_with_parent; end_with_parent(); from imecd.cli import main; main()', 'train', str(folder), '--out', str(out), '--model', job.model, '--seed', str(job.seed),
             *(x for k, v in told.items() for x in ('--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}')), *more, *(['--resume'] if training_folder(out).exists() else [])]
 
-# %% ../nbs/11f_studies.ipynb #065b5733
+# %% ../nbs/11f_studies.ipynb #10ae71c3
 def run_jobs(
     folder:Path,       # a data set
     out:Path,          # folder of the runs
@@ -97,7 +97,7 @@ def run_jobs(
     if wrong: raise ImecdError(f'{len(wrong)} of {len(left)} runs failed ({wrong[0][:300]}); the others are kept, and the same command tries these again')
     return [out/j.name for j in jobs]
 
-# %% ../nbs/11f_studies.ipynb #e8c2f6fd
+# %% ../nbs/11f_studies.ipynb #337f7234
 def ablations(
     folder:Path, # a data set
     names=None,  # models; None: all presets that can be had
@@ -110,13 +110,13 @@ def ablations(
     if gone: note(f"{folder} offers no {' and no '.join(gone)}; left out: {', '.join(n for n in PRESETS if n not in kept)}")
     return kept
 
-# %% ../nbs/11f_studies.ipynb #f1778b4a
+# %% ../nbs/11f_studies.ipynb #8030c4ce
 class Group(NamedTuple):
     "Runs that differ in their seed alone."
     name: str
     runs: list[Run]
 
-# %% ../nbs/11f_studies.ipynb #ba40d367
+# %% ../nbs/11f_studies.ipynb #199ec543
 def find_runs(
     folders, # run folders, or folders that hold some
 )->list[Run]:
@@ -128,13 +128,13 @@ def find_runs(
         found += map(load_run, [f] if (f/'config.json').is_file() else inside)
     return found
 
-# %% ../nbs/11f_studies.ipynb #3d883e9e
+# %% ../nbs/11f_studies.ipynb #b6a00b52
 def facts(run:Run)->dict:
     "What a run was asked for, but for the seed and for how long it may take."
     c = run.config; told = {**c['settings'], **{f'train.{k}': v for k, v in c.get('train', {}).items()}}
     return {'length': c['length'], **{k: v for k, v in told.items() if k.removeprefix('train.') not in ('seed', 'shard')}}
 
-# %% ../nbs/11f_studies.ipynb #cf74bbeb
+# %% ../nbs/11f_studies.ipynb #52f61a2d
 def group_runs(
     runs:list[Run],
     first:str|None=None, # name of the group that stands first
@@ -150,16 +150,16 @@ def group_runs(
     if first and first not in (names := [g.name for g in groups]): raise ImecdError(f"there is no {first!r} among these runs; they are {', '.join(names)}")
     return sorted(groups, key=lambda g: first not in (None, g.name))
 
-# %% ../nbs/11f_studies.ipynb #1e62557d
+# %% ../nbs/11f_studies.ipynb #4b8d52fc
 def name_of(key:tuple, parts:dict)->str:
     "The model, and what sets this group apart from others of the same model."
     own, others = facts(parts[key][0]), [facts(r[0]) for k, r in parts.items() if k[0] == key[0] and k != key]
     return ', '.join([key[0], *(f'{k}={v}' for k, v in own.items() if any(o.get(k) != v for o in others))])
 
-# %% ../nbs/11f_studies.ipynb #2396e2a9
+# %% ../nbs/11f_studies.ipynb #97d6d7a1
 SHOWN = (('test', 'hr@10'), ('test', 'ndcg@10'), ('test', 'mrr@10'), ('test_masked', 'ndcg@10'), ('valid', 'ndcg@10'), ('test', 'coverage@10'), ('test', 'gini@10'), ('test', 'popularity@10'), ('test', 'ild@10'))
 
-# %% ../nbs/11f_studies.ipynb #c4c88059
+# %% ../nbs/11f_studies.ipynb #ab185cc8
 def seed_table(
     groups:list[Group],
     shown=SHOWN, # (part, metric) each
@@ -174,7 +174,7 @@ def seed_table(
         rows.append(row | {'minutes': float(np.mean([r.provenance['time']['minutes'] for r in g.runs])), 'commit': ' '.join(sorted({str(r.provenance['code']['commit']) for r in g.runs}))})
     return pl.DataFrame(rows, infer_schema_length=None)
 
-# %% ../nbs/11f_studies.ipynb #e65352b6
+# %% ../nbs/11f_studies.ipynb #9592a033
 def per_user(
     group:Group,
     metric:str,   # `hr@K`, `ndcg@K` or `mrr@K`
@@ -187,7 +187,7 @@ def per_user(
         tables.append(asked.select(USER, 'target').join(user_means(asked, masked, (k,), (k,)).select(USER, value=metric), on=USER))
     return pl.concat(tables).group_by(USER, 'target').agg(pl.col('value').mean(), n=pl.len()).sort(USER)
 
-# %% ../nbs/11f_studies.ipynb #cbc9bbb7
+# %% ../nbs/11f_studies.ipynb #dbfb4b3a
 def compare_runs(
     groups:list[Group],   # ours first
     metric:str='ndcg@10', # `hr@K`, `ndcg@K` or `mrr@K`
@@ -204,7 +204,7 @@ def compare_runs(
     table = pl.DataFrame(rows)
     return table.with_columns(pl.Series('relative', table['difference']/table['mean_against']), **{f'{p}_holm': pl.Series(holm(table[p])) for p in ('p', 'p_wilcoxon')})
 
-# %% ../nbs/11f_studies.ipynb #0db833a0
+# %% ../nbs/11f_studies.ipynb #44013b40
 def plot_seeds(
     groups:list[Group],
     metric:str='ndcg@10', # of the test split, history kept
@@ -218,7 +218,7 @@ def plot_seeds(
     ax.set_yticks(range(len(groups)), [g.name for g in groups], parse_math=False); ax.invert_yaxis(); ax.margins(y=.1)
     return label(ax, 'A point a seed, red the mean', f'{metric.upper()} (test, history kept)', '')
 
-# %% ../nbs/11f_studies.ipynb #c7e124c7
+# %% ../nbs/11f_studies.ipynb #14beeeb3
 def slice_table(
     groups:list[Group],
 )->pl.DataFrame: # model, slice, group, users, hr@10, ndcg@10, ...
@@ -226,7 +226,7 @@ def slice_table(
     parts = [pl.read_csv(r.folder/'slices.csv').insert_column(0, pl.lit(g.name).alias('model')) for g in groups for r in g.runs]
     return pl.concat(parts, how='vertical_relaxed').group_by('model', 'slice', 'group', 'users', maintain_order=True).mean()
 
-# %% ../nbs/11f_studies.ipynb #d585aace
+# %% ../nbs/11f_studies.ipynb #e75adc91
 def as_markdown(
     table:pl.DataFrame,
     digits:int=4, # of numbers
@@ -234,7 +234,7 @@ def as_markdown(
     "A table for a page."
     with pl.Config(tbl_formatting='ASCII_MARKDOWN', tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True, tbl_rows=-1, tbl_cols=-1, tbl_width_chars=10_000, fmt_str_lengths=200, float_precision=digits): return str(table)
 
-# %% ../nbs/11f_studies.ipynb #e19c6006
+# %% ../nbs/11f_studies.ipynb #e8880886
 def report(
     groups:list[Group],   # ours first
     out:Path,             # folder to fill

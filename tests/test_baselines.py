@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from imecd.baselines import MODELS, Popularity, TransitionKNN, TransitionKNNConfig, fit_baseline, make_model, quick_ranks, sample_cases, transition_counts, tune_knn, parse_value
+from imecd.features import Features
 from imecd.batch import sequence_data
 from imecd.core import ImecdError, configure
 from imecd.histories import leave_one_out, load_interactions
@@ -44,16 +45,21 @@ def test_counts_and_scores_are_those_of_a_loop(made, config):
             assert scores[r, b] == pytest.approx(want+float(model.back_off[b]), rel=1e-4, abs=1e-12)
 
 
+def content(n):
+    "Features of n items; the second has none, the third is the fourth again."
+    x = np.random.default_rng(7).normal(size=(n+1, 6)).astype(np.float32); x[[0, 2]] = 0; x[3] = x[4]; return Features(x, x[:, ::-1].copy(), np.ones((n+1, 2), bool), {'hash': 'x'})
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_validation_and_test_events_teach_nothing(made, name):
     data = made(np.random.default_rng(2).integers(3, 12, 60)); split = leave_one_out(data); changed = data.events.copy(); changed[split.valid] = 1; changed[split.test] = 2
-    a, b = (make_model(name).fit(sequence_data(leave_one_out(x))).tensors() for x in (data, data._replace(events=changed)))
+    a, b = (make_model(name).fit(sequence_data(leave_one_out(x)), content(x.n_items)).tensors() for x in (data, data._replace(events=changed)))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_answers_do_not_depend_on_the_batch(made, name):
-    d = sequence_data(leave_one_out(made(np.random.default_rng(3).integers(3, 40, 100)))); model = make_model(name).fit(d); cases = d.cases('test')
+    d = sequence_data(leave_one_out(made(np.random.default_rng(3).integers(3, 40, 100)))); model = make_model(name).fit(d, content(d.n_items)); cases = d.cases('test')
     whole = evaluate(model, d, cases).rank
     for size in (1, 7, 256): assert torch.equal(evaluate(model, d, cases, batch_size=size).rank, whole)
     assert torch.equal(quick_ranks(model, d, cases, budget=1000), whole)
@@ -61,7 +67,7 @@ def test_answers_do_not_depend_on_the_batch(made, name):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_a_stored_model_answers_the_same(made, name):
-    d = sequence_data(leave_one_out(made(np.full(50, 8)))); model = make_model(name).fit(d); cases = d.cases('test')
+    d = sequence_data(leave_one_out(made(np.full(50, 8)))); model = make_model(name).fit(d, content(d.n_items)); cases = d.cases('test')
     assert torch.equal(evaluate(make_model(name).set_tensors(model.tensors()), d, cases).rank, evaluate(model, d, cases).rank)
 
 
@@ -114,3 +120,10 @@ def test_floors_are_reached(name, real):
 
 @pytest.mark.parametrize('text, value', [('.5', .5), ('-.5', -.5), ('3', 3), ('1e-3', 1e-3), ('true', True), ('null', None), ('both', 'both'), ('.', '.'), ('.a', '.a'), ('id+text', 'id+text'), ('5.', '5.')])
 def test_values_are_read_as_people_write_them(text, value): assert parse_value(text) == value and type(parse_value(text)) is type(value)
+
+
+def test_content_that_is_equal_ties_and_none_is_last(made):
+    d = sequence_data(leave_one_out(made(np.full(30, 9)))); f = content(d.n_items); model, trials = fit_baseline('content_knn', d, features=f); s = model.score(model.query(d.history(d.cases('test'))))
+    assert torch.equal(s[:, 3], s[:, 4]) and (s[:, 2] == 0).all() and len(trials) > 10 and set(trials.columns) == {'window', 'decay', 'image', 'ndcg@10'}
+    texts = fit_baseline('content_knn', d, {'image': .9}, tune=False, features=f._replace(image=None))[0]; assert texts.matrix.shape[1] == 6 and texts.matrix.norm(dim=1).max() < 1.001  # one modality has it all
+    with pytest.raises(ImecdError, match='`imecd features` makes them'): fit_baseline('content_knn', d)
