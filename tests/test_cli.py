@@ -35,7 +35,7 @@ def commands(group=app, path=()):
 
 def test_every_command_has_help_with_an_example(imecd):
     found = list(commands())
-    assert [' '.join(p) for p, _ in found] == ['features', 'train', 'eval', 'demo', 'data check', 'data shop', 'data cache', 'data convert', 'data amazon']
+    assert [' '.join(p) for p, _ in found] == ['features', 'train', 'eval', 'tune', 'ablate', 'compare', 'demo', 'data check', 'data shop', 'data cache', 'data convert', 'data amazon']
     for path, command in found: assert (command.epilog or '').startswith(f"Example: imecd {' '.join(path)} "), path
     code, said, _ = imecd('data', 'convert', '--help'); assert code == 0 and 'Example: imecd data convert' in said
 
