@@ -17,7 +17,7 @@ from .metrics import summary
 # %% auto #0
 __all__ = ['GRIDS', 'MODELS', 'named', 'PopularityConfig', 'Popularity', 'TransitionKNNConfig', 'transition_counts',
            'TransitionKNN', 'ContentKNNConfig', 'ContentKNN', 'sample_cases', 'quick_ranks', 'tune_knn', 'plot_trials',
-           'make_model', 'fit_baseline', 'pairs', 'parse_value', 'read_config', 'plot_models']
+           'make_model', 'fit_baseline', 'pairs', 'parse_value', 'read_config', 'gather_settings', 'plot_models']
 
 # %% ../nbs/11_baselines.ipynb #d2825761
 def named(
@@ -271,6 +271,15 @@ def read_config(
     for key, value in told.items():
         if not isinstance(value, known.get(key, ())) or isinstance(value, bool): raise ImecdError(f"{path}: {key}={value!r} cannot be used; there are {', '.join(f'{k} ({t.__name__})' for k, t in known.items())}")
     return told
+
+# %% ../nbs/11_baselines.ipynb #ae97711b
+def gather_settings(
+    told:dict,              # a configuration file
+    given:list[str]|None,   # of --set
+    epochs:int|None,        # of --epochs
+)->dict: # field -> value
+    "The settings of a file; what the command line says wins over them."
+    return {**told.get('settings', {}), **{k: parse_value(v) for k, v in pairs(given, '--set').items()}, **({} if epochs is None else {'train.epochs': epochs})}
 
 # %% ../nbs/11_baselines.ipynb #2827166b
 def plot_models(

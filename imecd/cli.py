@@ -16,18 +16,18 @@ from .amazon import fetch_amazon, read_meta
 from .shop import load_truth, make_shop
 from .encode import encode_folder
 from .cache import make_cache
-from .runs import assess, load_run, save_figures
-from .fitting import configure_preset, feature_space, feature_state, load_split
-from .baselines import MODELS, make_model, pairs, parse_value, plot_models, read_config
+from .runs import assess, save_figures
+from .fitting import configure_preset, feature_space, feature_state
+from .baselines import MODELS, gather_settings, make_model, pairs, parse_value, plot_models, read_config
 from .processes import is_main
 from .running import NETWORKS, headline, known_model, may_begin, note, stored_model, table, train_run, training_folder
 from .tuning import tune as tune_settings
 from .studies import ablations, find_runs, group_runs, plan, report, run_jobs
+from .recommend import answer_lines, open_any, open_run, told_history
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Json', 'KCore', 'Folder', 'DEMO', 'show', 'check', 'shop', 'cache', 'convert', 'amazon',
-           'features', 'gather_settings', 'train', 'evaluate_run', 'tune', 'ablate', 'compare', 'demo', 'explain',
-           'main']
+           'features', 'train', 'evaluate_run', 'tune', 'ablate', 'compare', 'recommend', 'demo', 'explain', 'main']
 
 # %% ../nbs/15_cli.ipynb #ed5f6f9c
 app = typer.Typer(help='Multimodal sequential recommendation: data, features, training, evaluation. Add --debug to any command for a traceback.',
@@ -131,8 +131,7 @@ def features(
     out:Annotated[Optional[Path], typer.Option(help='Where to write them; the data set itself by default.')]=None,
     text:Annotated[str, typer.Option(help="auto, none, npy, codes, light, or a sentence-transformers, CLIP or SigLIP model.")]='auto',
     image:Annotated[str, typer.Option(help='auto, none, npy, codes, light, or a CLIP or SigLIP model.')]='auto',
-    device:str='auto',
-    as_json:Json=False,
+    device:str='auto', as_json:Json=False,
 ):
     "Compute features of texts and pictures and store them with their manifest."
     found = encode_folder(folder, out, text=text, image=image, device=device)
@@ -140,15 +139,6 @@ def features(
     show({**{k: v if as_json or v is None else f'{v[0]-1:,} items x {v[1]}' for k, v in shapes.items()},
           **{f'{m} missing': int((~found.present[1:, i]).sum()) for i, m in enumerate(MODALITIES)},
           **{f'not readable: {name}': why for m in MODALITIES for name, why in (found.manifest.get(m) or {}).get('problems', {}).items()}}, as_json)
-
-# %% ../nbs/15_cli.ipynb #ae97711b
-def gather_settings(
-    told:dict,              # a configuration file
-    given:list[str]|None,   # of --set
-    epochs:int|None,        # of --epochs
-)->dict: # field -> value
-    "The settings of a file; what the command line says wins over them."
-    return {**told.get('settings', {}), **{k: parse_value(v) for k, v in pairs(given, '--set').items()}, **({} if epochs is None else {'train.epochs': epochs})}
 
 # %% ../nbs/15_cli.ipynb #263984d6
 @app.command(epilog='Example: imecd train shop --set train.patience=3 --out runs/imecd')
@@ -187,15 +177,10 @@ def evaluate_run(
     folder:Annotated[Path, typer.Argument(metavar='RUN', help='A run folder.')],
     data:Annotated[Optional[Path], typer.Option(help='The data set, where it has moved.')]=None,
     features:Annotated[Optional[Path], typer.Option(help='Folder of features that the run used, if not those of the data set.')]=None,
-    device:str='auto',
-    as_json:Json=False,
+    device:str='auto', as_json:Json=False,
 ):
     "Measure the stored model again, on the data it was trained on."
-    run = load_run(folder); source = data or Path(run.provenance['data']['folder']); c = run.config
-    split = load_split(source, c['split'], c['length'], c['k_core'], device)
-    if (found := statistics(split.split.data)['hash']) != (known := run.provenance['data']['hash']):
-        raise ImecdError(f'{source} is not the data set of this run (hash {found[:12]}, not {known[:12]}); name the right one with --data')
-    features = features or run.provenance.get('features', {}).get('folder')
+    run, split, source, features = open_run(folder, data, features, device)
     metrics = assess(stored_model(run, split, source, features), split, feature_space(source, features)[0]).metrics
     show(metrics if as_json else headline(metrics), as_json)
 
@@ -246,6 +231,22 @@ def compare(
 ):
     "Compare runs: mean and deviation over seeds, paired tests over users, slices."
     typer.echo(report(group_runs(find_runs(runs), first), out, metric, masked))
+
+# %% ../nbs/15_cli.ipynb #r3c00002
+@app.command(epilog='Example: imecd recommend runs/imecd --history B001,B002 -k 5; by title: --history "Toy Story" --history Heat --by title')
+def recommend(
+    run:Annotated[Path, typer.Argument(metavar='RUN', help='A run folder, or one that `save_pretrained` wrote.')],
+    history:Annotated[Optional[list[str]], typer.Option(help='ID[,ID...], oldest first; repeatable. With --by title each is one title, commas and all.')]=None,
+    by:Annotated[str, typer.Option(help='id, or title: all of it, or enough to be the only one.')]='id',
+    k:Annotated[int, typer.Option('-k', min=1, help='How many.')]=10,
+    exclude_seen:Annotated[bool, typer.Option('--exclude-seen', help='Leave out what is in the history.')]=False,
+    unknown:Annotated[str, typer.Option(help='What to do with ids that the model does not know: refuse, or skip.')]='refuse',
+    data:Annotated[Optional[Path], typer.Option(help='The data set, where it has moved.')]=None,
+    features:Annotated[Optional[Path], typer.Option(help='Folder of features, where it has moved.')]=None,
+    as_json:Json=False,
+):
+    "Recommend items after a history."
+    r = open_any(run, data, features); typer.echo(answer_lines(r, r.recommend(told_history(r, history or [], by), k, exclude_seen, unknown), as_json))
 
 # %% ../nbs/15_cli.ipynb #185c09fd
 DEMO = {'popularity': ('popularity', {}), 'kNN, forward': ('transition_knn', {'direction': 'forward'}), 'kNN, both ways': ('transition_knn', {'direction': 'both'}),
