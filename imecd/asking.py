@@ -56,7 +56,7 @@ def shelf_of(
     pictures = {} if folder is None else {i: str(p) for i, p in find_pictures(folder, items[ITEM].cast(pl.String)).items()}
     return Shelf(items, data.counts().cpu(), data.length, features, pictures, about or {})
 
-# %% ../nbs/11g_asking.ipynb #fef478ca
+# %% ../nbs/11g_asking.ipynb #1233347d
 def _unknown(
     shelf:Shelf, # of the model
     item,        # what was asked for
@@ -64,7 +64,7 @@ def _unknown(
 )->ImecdError:
     "The error for an id that is not there."
     close = nearest(str(item), shelf.places) if len(shelf) <= 50_000 and len(str(item)) <= 100 else ''
-    return ImecdError(f"{where}: {short(item)} is no item of this model{f'; did you mean {close!r}?' if close else ''} (unknown='skip' leaves such items out)")
+    return ImecdError(f"{where}: {short(item)} is no item of this model{f'; did you mean {close!r}?' if close else ''} (unknown='skip', or --unknown skip, leaves such items out)")
 
 # %% ../nbs/11g_asking.ipynb #eede62c6
 def dense_history(

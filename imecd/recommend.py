@@ -22,7 +22,7 @@ from .arrivals import grow_model, grow_shelf
 # %% auto #0
 __all__ = ['open_run', 'hub_class', 'Recommender', 'open_any', 'told_history', 'answer_lines']
 
-# %% ../nbs/12_recommend.ipynb #29aa523b
+# %% ../nbs/12_recommend.ipynb #58e3e874
 def open_run(
     folder:str|Path,       # a run
     data:Path|None=None,   # the data set, where it has moved
@@ -33,10 +33,10 @@ def open_run(
     run = load_run(folder); c, origin = run.config, run.provenance; source = Path(data or origin['data']['folder'])
     if not source.is_dir(): raise ImecdError(f'{source}, the data set of {folder}, is not there; name the place where it is (data, or --data)')
     split = load_split(source, c['split'], c['length'], c['k_core'], device); found, known = statistics(split.split.data)['hash'], origin['data']['hash']
-    if found != known: raise ImecdError(f'{source} is not the data set of {folder} (hash {found[:12]}, not {known[:12]}); name the right one (data, or --data)')
+    if found != known: raise ImecdError(f'{source} is not the data set of this run (hash {found[:12]}, not {known[:12]}); name the right one (data, or --data)')
     told = features or origin.get('features', {}).get('folder'); return run, split, source, told and Path(told)
 
-# %% ../nbs/12_recommend.ipynb #eb969a42
+# %% ../nbs/12_recommend.ipynb #29c35ccf
 @cache
 def hub_class()->type:
     "A class with the hub's methods, around a recommender."
@@ -47,11 +47,11 @@ def hub_class()->type:
 
         @classmethod
         def _from_pretrained(cls, *, model_id:str, device:str='cpu', revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, **_):
-            here = Path(model_id).is_dir(); folder = Path(model_id) if here else Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token))
-            return cls(Recommender(*read_recommender(folder, None if here else folder.parents[1], device)))
+            folder = Path(snapshot_download(model_id, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token))
+            return cls(Recommender(*read_recommender(folder, folder.parents[1], device)))
     return Kept
 
-# %% ../nbs/12_recommend.ipynb #e2de8b8c
+# %% ../nbs/12_recommend.ipynb #d41bc0e8
 class Recommender:
     "A trained model that answers in raw ids."
     def __init__(self,
@@ -88,7 +88,9 @@ class Recommender:
     def save_pretrained(self, folder:str|Path, **hub): made = _empty(folder); return hub_class()(self).save_pretrained(made, **hub)
     def push_to_hub(self, repo_id:str, **hub): return hub_class()(self).push_to_hub(repo_id, **hub)
     @classmethod
-    def from_pretrained(cls, name:str|Path, **hub): inner = hub_class().from_pretrained(name, **hub).inner; return cls(inner.model, inner.shelf, inner.name)
+    def from_pretrained(cls, name:str|Path, device:str='cpu', **hub):
+        "From a folder, or from the hub."
+        return cls(*read_recommender(name, None, device)) if Path(name).is_dir() else hub_class().from_pretrained(name, device=device, **hub).inner
 
 # %% ../nbs/12_recommend.ipynb #76385ddf
 def _empty(

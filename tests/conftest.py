@@ -1,13 +1,17 @@
 "What tests share: where real data lies, a small shop, the command line."
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from imecd.cli import main
 from imecd.histories import Interactions
 from imecd.shop import make_shop
 
@@ -40,10 +44,23 @@ def made():
 
 
 @pytest.fixture(scope='session')
-def imecd():
-    "Run the command as a user does: exit code, standard output, standard error."
+def shell():
+    "Run the command as a user does, in a process of its own, which costs seconds: exit code, standard output, standard error."
     def run(*args, **kw):
         command = Path(sys.executable).with_name('imecd')
         p = subprocess.run([str(command), *map(str, args)], capture_output=True, text=True, timeout=300, env={**os.environ, 'MPLBACKEND': 'Agg'}, **kw)
         return p.returncode, p.stdout, p.stderr
+    return run
+
+
+@pytest.fixture(scope='session')
+def imecd():
+    "The same in this process: its entry point, with warnings shown as they are to a user."
+    def run(*args, cwd='.'):
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd), warnings.catch_warnings():
+            warnings.simplefilter('default')
+            try: main([str(a) for a in args])
+            except SystemExit as e: code = e.code or 0
+        return code, out.getvalue(), err.getvalue()
     return run

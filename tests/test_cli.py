@@ -35,7 +35,7 @@ def commands(group=app, path=()):
 
 def test_every_command_has_help_with_an_example(imecd):
     found = list(commands())
-    assert [' '.join(p) for p, _ in found] == ['features', 'train', 'eval', 'tune', 'ablate', 'compare', 'demo', 'data check', 'data shop', 'data cache', 'data convert', 'data amazon']
+    assert [' '.join(p) for p, _ in found] == ['features', 'train', 'eval', 'tune', 'ablate', 'compare', 'recommend', 'demo', 'data check', 'data shop', 'data cache', 'data convert', 'data amazon']
     for path, command in found: assert (command.epilog or '').startswith(f"Example: imecd {' '.join(path)} "), path
     code, said, _ = imecd('data', 'convert', '--help'); assert code == 0 and 'Example: imecd data convert' in said
 
@@ -59,6 +59,10 @@ def test_two_equal_runs_are_equal_byte_for_byte(run, imecd, shop, tmp_path):
 def test_eval_measures_the_stored_model_again(run, imecd):
     code, said, err = imecd('eval', run, '--json'); assert code == 0, err
     assert json.loads(said) == json.loads((run/'metrics.json').read_text())
+
+
+def test_a_process_of_its_own_says_the_same(run, imecd, shell):
+    for args in (('eval', run), ('eval', run, '--data', 'nowhere')): assert shell(*args) == imecd(*args)
 
 
 def test_eval_refuses_other_data(run, imecd, tmp_path):
@@ -154,8 +158,8 @@ def test_a_mistake_ends_in_one_clear_line(name, imecd, shop, tmp_path):
     assert len(err.strip().splitlines()) == 1
 
 
-def test_a_traceback_on_request(imecd):
-    code, _, err = imecd('data', 'check', 'nowhere', '--debug'); assert code not in (0, 2) and 'Traceback' in err
+def test_a_traceback_on_request(shell):
+    code, _, err = shell('data', 'check', 'nowhere', '--debug'); assert code not in (0, 2) and 'Traceback' in err
 
 
 def test_a_folder_that_cannot_be_written(imecd, shop, tmp_path):
