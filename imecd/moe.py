@@ -83,15 +83,17 @@ class Agreement(nn.Module):
         made = {'known': known, 'root': root, 'leverage': root.square().sum(1, keepdim=True)}             # made of frozen features: not saved
         for name, value in made.items(): self.register_buffer(name, value, persistent=False)
 
-    def guess(self, e:Tensor)->Tensor:  # (N+1, D) -> (N+1, D)
-        "Every ID from its content, the item itself left out (Allen 1974, PRESS)."
-        return (self.root@(self.root.T@e)-self.leverage*e)/(1-self.leverage)
+    def guess(self, e:Tensor, swap:tuple[int, int]|None=None)->Tensor:  # (N+1, D) -> (N+1, D)
+        "Every ID from its content, the item itself left out (Allen 1974, PRESS); with `swap` (a, b), that of item a from the content of b."
+        z, u = self.root, self.root.T@e; out = (z@u-self.leverage*e)/(1-self.leverage)
+        if swap is not None: a, b = swap; u = u-z[a, :, None]*e[a]; out[a] = z[b]@u+(z[b]@z[a])*(z[a]@u)/(1-self.leverage[a])
+        return out
 
     @torch.no_grad()
-    def forward(self, ids:Tensor)->Tensor:  # (N+1, D) -> (N+1,)
+    def forward(self, ids:Tensor, swap:tuple[int, int]|None=None)->Tensor:  # (N+1, D) -> (N+1,)
         with torch.autocast(ids.device.type, enabled=False):
             e = ids.to(self.root.dtype); e = (e-(e*self.known).sum(0)/self.known.sum().clamp(min=1))*self.known
-            return evidence(e, self.guess(e), self.known)
+            return evidence(e, self.guess(e, swap), self.known)
 
 # %% ../nbs/04_moe.ipynb #cc5d4e84
 class IDGate(nn.Module):

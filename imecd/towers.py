@@ -123,11 +123,14 @@ class ItemTower(ItemTables):
         "`learn` (K,): the places of items that the balance and pseudo-ID losses look at. `rows` (M,): make these items alone, PAD first."
         if rows is not None and self.stock is None: self.take_stock()
         some = (lambda x: x) if rows is None else lambda x: x[rows]; told, long = (None, None) if rows is None else self.stock
-        e, c, moe, off = self.without_pad(some(self.ids) if self.look_up is None else self.look_up(rows)), self.config, None, None
+        e = self.without_pad(some(self.ids) if self.look_up is None else self.look_up(rows)); return self.make(e, [some(f) for f in self.features], some(self.present), some(self.warm), learn, told and [some(t) for t in told], long)
+
+    def make(self, own:Tensor, features:list[Tensor], present:Tensor, warm:Tensor, learn:Tensor|None=None, told:list[Tensor]|None=None, long:Tensor|None=None)->Items:
+        "Items of these IDs (M, D) and features M x (M, F); what is known of everybody in `told` and `long`, where these are some of them."
+        e, c, moe, off = own, self.config, None, None
         if self.moe is not None:
-            own, features, present, told = e, [wide(some(f)) for f in self.features], some(self.present), told and [some(t) for t in told]
-            x = self.moe.project(features)                                                          # M x (N+1, D)
-            if self.pseudo is not None: e, off = self.stand_in(own, x, learn, present, some(self.warm), long)
+            features = [wide(f) for f in features]; x = self.moe.project(features)                  # M x (N+1, D)
+            if self.pseudo is not None: e, off = self.stand_in(own, x, learn, present, warm, long)
             moe = self.moe(e, features, present, learn, x, own, told)
         z, read = self.join([unit(e) if c.score == 'cosine' else e] if self.has_id else [], moe)
         return Items(unit(z) if c.score == 'cosine' else z, read, moe, off)
