@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv; none of them touches anything outside this folder, except `hooks`, which says so.
+# Every target sets up what it needs in .venv; none of them touches anything outside this folder, except `hooks` and `browser`, which say so.
 PYTHON ?= python3
 # PyTorch's CPU index, say, for those who want it: make setup TORCH_INDEX=...
 TORCH_INDEX ?=
@@ -6,7 +6,7 @@ BIN := .venv/bin
 RUNS ?= runs
 export IMECD_DATA ?= data
 
-.PHONY: setup run test lab docs readme refresh bench hooks clean
+.PHONY: setup run test browser lab docs readme refresh bench hooks clean
 
 setup: .venv/ready
 
@@ -18,10 +18,13 @@ setup: .venv/ready
 run: setup ## make the shop, train the models on it, print their table, write figures
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} MPLBACKEND=Agg $(BIN)/imecd demo $(RUNS)/demo
 
-test: setup ## lint, notebooks, tests
+test: setup browser ## lint, notebooks, tests
 	$(BIN)/ruff check imecd tests bench .ci setup.py nbs
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q
+
+browser: setup ## Chromium for the tests of JupyterLab and of pages: Debian's where apt may install it, else Playwright's own; a test that finds neither says so
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y chromium; } >/dev/null 2>&1 || $(BIN)/playwright install chromium >/dev/null 2>&1 || true
 
 lab: setup ## open the notebooks
 	$(BIN)/jupyter lab nbs/index.ipynb

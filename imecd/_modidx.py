@@ -937,7 +937,7 @@ d = { 'settings': { 'branch': 'main',
                                'imecd.widgets.gate_state': ('widgets.html#gate_state', 'imecd/widgets.py'),
                                'imecd.widgets.kit': ('widgets.html#kit', 'imecd/widgets.py'),
                                'imecd.widgets.list_html': ('widgets.html#list_html', 'imecd/widgets.py'),
-                               'imecd.widgets.offer': ('widgets.html#offer', 'imecd/widgets.py'),
+                               'imecd.widgets.said_by': ('widgets.html#said_by', 'imecd/widgets.py'),
                                'imecd.widgets.walk': ('widgets.html#walk', 'imecd/widgets.py'),
                                'imecd.widgets.walk_facts': ('widgets.html#walk_facts', 'imecd/widgets.py'),
                                'imecd.widgets.walk_picture': ('widgets.html#walk_picture', 'imecd/widgets.py')}}}

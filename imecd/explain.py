@@ -211,12 +211,12 @@ def figure_address(
     import matplotlib.pyplot as plt
     out = io.BytesIO(); ax.figure.savefig(out, format='png', dpi=110); plt.close(ax.figure); return f'data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}'
 
-# %% ../nbs/11h_explain.ipynb #d3709dca
+# %% ../nbs/11h_explain.ipynb #52adfcd7
 def list_rows(
     answers:pl.DataFrame, # of an `Explanation`
 )->str: # HTML
     "The list as a table."
-    cells = lambda *xs: '<tr>'+''.join(f'<td style="text-align:left">{x}</td>' for x in xs)+'</tr>'; head = ''.join(f'<th>{h}</th>' for h in ('rank', 'item', 'score', 'most like', 'in the history'))
+    cells = lambda *xs: '<tr>'+''.join(f'<td style="text-align:left;overflow-wrap:anywhere">{x}</td>' for x in xs)+'</tr>'; head = ''.join(f'<th>{h}</th>' for h in ('rank', 'item', 'score', 'most like', 'in the history'))
     like = lambda r: '' if r['like'] is None else f"{safe(r['like'], 50)} ({r['likeness']:.2f})"
     return f'<table><tr>{head}</tr>'+''.join(cells(r['rank'], safe(r['title'] or r[ITEM]), f"{r['score']:.3f}", like(r), 'yes' if r['seen'] else '') for r in answers.iter_rows(named=True))+'</table>'
 

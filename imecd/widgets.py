@@ -19,8 +19,8 @@ from .explain import clean, exchange, safe
 from .recommend import Recommender
 
 # %% auto #0
-__all__ = ['Film', 'Explorer', 'kit', 'assemble', 'list_html', 'gate_picture', 'gate_state', 'offer', 'explore_gates', 'CodeMap',
-           'code_map', 'code_facts', 'code_picture', 'facts_html', 'explore_codebook', 'walk', 'walk_facts',
+__all__ = ['Film', 'Explorer', 'kit', 'assemble', 'list_html', 'gate_picture', 'gate_state', 'said_by', 'explore_gates',
+           'CodeMap', 'code_map', 'code_facts', 'code_picture', 'facts_html', 'explore_codebook', 'walk', 'walk_facts',
            'walk_picture', 'explore_trajectory']
 
 # %% ../nbs/13_widgets.ipynb #03a8b49c
@@ -103,15 +103,15 @@ def gate_state(
     items = exchange(r.model, item, other, modality)
     with r.model.instead(items): return items, ask(r.model, r.shelf, [ids], k, name=r.name), before
 
-# %% ../nbs/13_widgets.ipynb #538b2078
-def offer(
-    choice,      # a widget with options
-    some:list,   # (name, value)
-)->None:
-    "Other options; what was chosen stays chosen where it is still there, else the first is."
-    old, values = choice.value, [v for _, v in some]; choice.options = some; choice.value = old if old in values else values[0] if values else None
+# %% ../nbs/13_widgets.ipynb #22e003cf
+def said_by(
+    titles:list, # (N+1,) by dense id
+    words:str,   # some words of a title
+)->int: # dense id of the first item whose title holds them; PAD for none, or for no words
+    "The item that somebody means."
+    want = ' '.join(words.split()).casefold(); return next((i for i, t in enumerate(titles) if i and want and want in str(t).casefold()), PAD)
 
-# %% ../nbs/13_widgets.ipynb #3b81abc1
+# %% ../nbs/13_widgets.ipynb #645ba791
 def explore_gates(
     r:Recommender, # a network with experts
     history,       # raw ids to start from, oldest first
@@ -119,21 +119,18 @@ def explore_gates(
 )->Explorer:
     "Build a history, exchange contents, see trust, experts and the list change."
     if getattr(r.model, 'table', None) is None or r.model.table.moe is None: raise ImecdError(f'{r.name} has no experts to look at; explore a model that reads text or images, e.g. imecd')
-    w, titles, ids, names = kit(), [clean(t, 34) for t in r.shelf.titles], dense_history(r.shelf, history), tuple(r.model.table.modalities); found = lambda q: [(t, i) for i, t in enumerate(titles) if i and q.casefold() in t.casefold()][:40]
-    c = {'search': w.Text(description='find', placeholder='words of a title', continuous_update=False), 'match': w.Dropdown(description='found'), 'add': w.Button(description='add'), 'remove': w.Button(description='remove last'),
-         'item': w.Dropdown(description='item'), 'modality': w.ToggleButtons(options=names, description='gets its'), 'other': w.Dropdown(description='of')}
-    v = {'picture': w.Image(format='png', layout=w.Layout(max_width='100%')), 'list': w.HTML()}; state = {'busy': False}
-    def options():
-        fits = found(c['search'].value)
-        for name, some in (('item', [(titles[i], i) for i in dict.fromkeys(reversed(ids))]), ('other', [('nobody', PAD), *fits]), ('match', fits)): offer(c[name], some)
+    w, titles, short, ids, names = kit(), r.shelf.titles, [clean(t, 34) for t in r.shelf.titles], dense_history(r.shelf, history), tuple(r.model.table.modalities)
+    words = lambda name, hint: w.Text(description=name, placeholder=hint, continuous_update=False); c = {'add': words('add', 'words of a title, Enter'), 'remove': w.Button(description='remove last'), 'place': w.IntSlider(min=1, max=max(len(ids), 1), value=max(len(ids), 1), description='item'),
+         'modality': w.ToggleButtons(options=names, description='gets its'), 'other': words('of', 'words of a title; none: nobody')}
+    v = {'picture': w.Image(format='png', layout=w.Layout(max_width='100%')), 'list': w.HTML()}
     def update():
-        if state['busy']: return
-        items, now, before = gate_state(r, ids, c['item'].value or PAD, c['modality'].value, c['other'].value or PAD, k); was = before[ITEM].to_list()
-        v['picture'].value = Film(gate_picture(items.moe, ids, titles, names)).frame() if ids else b''; v['list'].value = f"<p>The list{' with the exchange' if c['other'].value else ''}:</p>{list_html(now, was)}"
-    def renew(): state['busy'] = True; options(); state['busy'] = False; update()
-    def add(_): ids.append(c['match'].value) if c['match'].value else None; renew()
-    def remove(_): ids[-1:] = []; renew()
-    c['search'].observe(lambda _: renew(), 'value'); c['add'].on_click(add); c['remove'].on_click(remove); options(); return assemble(c, v, update, (('search', 'match', 'add', 'remove'), ('item', 'modality', 'other')))
+        if c['add'].value:
+            new = said_by(titles, c['add'].value); ids.extend([new] if new else []); c['add'].value = ''; fit() if new else None; return
+        item, other, what = ids[c['place'].value-1] if ids else PAD, said_by(titles, c['other'].value), c['modality'].value; items, now, before = gate_state(r, ids, item, what, other, k)
+        told = f'{safe(titles[item], 60)} with the {what} of {safe(titles[other], 60)}:' if item and other else f"no title holds {safe(c['other'].value, 40)}" if c['other'].value else 'the list:'
+        v['picture'].value = Film(gate_picture(items.moe, ids, short, names)).frame() if ids else b''; v['list'].value = f'<p>{told}</p>{list_html(now, before[ITEM].to_list())}'
+    def fit(): c['place'].max = max(len(ids), 1); c['place'].value = max(len(ids), 1); update()
+    c['remove'].on_click(lambda _: (ids.__delitem__(slice(-1, None)), fit())); return assemble(c, v, update, (('add', 'remove'), ('place', 'modality', 'other')))
 
 # %% ../nbs/13_widgets.ipynb #49d42c00
 @dataclass(frozen=True)
