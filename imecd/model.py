@@ -4,7 +4,6 @@
 
 # %% ../nbs/08_model.ipynb #bbb822ba
 from __future__ import annotations
-from contextlib import contextmanager
 import dataclasses, math, torch
 from torch import Tensor, nn
 from .core import PAD, STREAMS, ImecdError, Part, same_rows, wide
@@ -196,13 +195,6 @@ class Scorer(Stored):
         key = (id(self), self.training, d, kind, *(x._version for x in (*self.table.parameters(), *self.table.buffers())))
         if self.cache is None or self.cache[0] != key: items = self.table.everything(); self.cache = key, (items, *same_rows(items.vectors))
         return self.cache[1]
-
-    @contextmanager
-    def instead(self, items:Items):
-        "Answer with another item table for a while."
-        self.remember(); kept = self.cache
-        try: self.cache = kept[0], (items, *same_rows(items.vectors)); yield self
-        finally: self.cache = kept
 
     def score(self, query:Query)->Tensor:  # (R, N+1)
         "Scores of all items, PAD below all; items with equal vectors tie exactly. Where positions vote, logarithms of probabilities."

@@ -127,10 +127,9 @@ class ItemTower(ItemTables):
 
     def make(self, own:Tensor, features:list[Tensor], present:Tensor, warm:Tensor, learn:Tensor|None=None, told:list[Tensor]|None=None, long:Tensor|None=None)->Items:
         "Items of these IDs (M, D) and features M x (M, F); what is known of everybody in `told` and `long`, where these are some of them."
-        e, c, moe, off = own, self.config, None, None
+        e, c, moe, off, features = own, self.config, None, None, [wide(f) for f in features]
         if self.moe is not None:
-            features = [wide(f) for f in features]; x = self.moe.project(features)                  # M x (N+1, D)
-            if self.pseudo is not None: e, off = self.stand_in(own, x, learn, present, warm, long)
+            x = self.moe.project(features); e, off = (own, None) if self.pseudo is None else self.stand_in(own, x, learn, present, warm, long)  # M x (N+1, D)
             moe = self.moe(e, features, present, learn, x, own, told)
         z, read = self.join([unit(e) if c.score == 'cosine' else e] if self.has_id else [], moe)
         return Items(unit(z) if c.score == 'cosine' else z, read, moe, off)
