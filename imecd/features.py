@@ -184,10 +184,11 @@ def reduce_width(
     width:int,     # columns wanted
     seed:int=0,    # of the randomised decomposition
 )->np.ndarray: # (N, min(width, N, F)) float32
-    "Truncated singular value decomposition (Halko et al., 2011), with a fixed sign."
+    "Truncated singular value decomposition (Halko et al., 2011), with a fixed sign; in one thread, so that the bits do not depend on how many there are."
     from sklearn.utils.extmath import randomized_svd
+    from threadpoolctl import threadpool_limits
     if width < 1: raise ImecdError(f'width {width}: at least one column must be left')
-    u, s, vt = randomized_svd(x, min(width, *x.shape), n_iter=5, random_state=seed, flip_sign=False)
+    with threadpool_limits(1): u, s, vt = randomized_svd(x, min(width, *x.shape), n_iter=5, random_state=seed, flip_sign=False)
     sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])  # (width,)
     return (u*(s*sign)).astype(np.float32)
 

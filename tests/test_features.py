@@ -1,6 +1,8 @@
 "Features: what is refused, what is kept, and the real matrices and codes."
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +199,11 @@ def test_real_matrices(name, items, width):
     f = join_features(ids, from_npy(real(name), 'text', ids))
     assert f.text.shape == (items+1, width) and f.present[1:, 0].all()
     assert np.allclose(np.linalg.norm(f.text[1:], axis=1), 1, atol=1e-2)
+
+
+@pytest.mark.parametrize('width', [16, 64])
+def test_reduced_vectors_do_not_depend_on_threads(width):
+    "A run that was trained on one thread is loaded on two: its features are known by their hash."
+    code = f'import numpy as np; from imecd.core import digest; from imecd.features import from_codes; print(digest(from_codes(np.random.default_rng(0).integers(0, 40, (3000, 4)), width={width})))'
+    told = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env={**os.environ, **{k: str(n) for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS')}}).stdout for n in (1, 2)}
+    assert len(told) == 1 and len(told.pop().strip()) == 64

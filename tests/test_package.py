@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = {'torch', 'numpy', 'scipy', 'scikit-learn', 'polars', 'safetensors', 'huggingface_hub', 'accelerate', 'matplotlib', 'pillow', 'typer', 'tqdm'}
+CORE = {'torch', 'numpy', 'scipy', 'scikit-learn', 'threadpoolctl', 'polars', 'safetensors', 'huggingface_hub', 'accelerate', 'matplotlib', 'pillow', 'typer', 'tqdm'}
 WORKSHOP = ('nbdev', 'execnb', 'fastcore', 'jupyterlab', 'notebook', 'IPython', 'ipywidgets', 'umap', 'pandas', 'pyarrow', 'torchmetrics', 'ir_measures', 'transformers',
             'sentence_transformers', 'pytest', 'nbformat', 'nbconvert', 'nbclient')
 
