@@ -151,7 +151,7 @@ def answer_table(
                           'seen': [i in seen[row] for row, i in zip(r.tolist(), found.tolist())], 'by': pl.Series(by, dtype=pl.String).gather(r.numpy())})
     return table if users is None else table.insert_column(0, pl.Series(USER, users).gather(r.numpy()))
 
-# %% ../nbs/11g_asking.ipynb #ecea9dc8
+# %% ../nbs/11g_asking.ipynb #507d15ed
 def ask(
     model,         # fitted, at rest
     shelf:Shelf,   # its items
@@ -164,7 +164,8 @@ def ask(
     "Recommendations for histories."
     if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise ImecdError(f'k={k!r}: how many items to recommend, a whole number from 1')
     if not rows: return answer_table(shelf, torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k), [], [], users)
-    items, scores = (x.clone() for x in by_popularity(shelf, len(rows), k)); some = [r for r, h in enumerate(rows) if h]
+    items, scores, some, rest = torch.zeros(len(rows), k, dtype=torch.long), torch.zeros(len(rows), k), [r for r, h in enumerate(rows) if h], [r for r, h in enumerate(rows) if not h]
+    if rest: items[rest], scores[rest] = by_popularity(shelf, len(rest), k)
     if some: items[some], scores[some] = top_items(model, shelf, [rows[r] for r in some], k, exclude_seen)
     return answer_table(shelf, items, scores, rows, [name if h else 'popularity' for h in rows], users)
 
