@@ -19,8 +19,8 @@ from .content import find_pictures
 from .towers import pack_histories
 
 # %% auto #0
-__all__ = ['Shelf', 'shelf_of', 'dense_history', 'find_title', 'history_keys', 'top_items', 'by_popularity', 'answer_table',
-           'ask', 'open_table', 'table_histories']
+__all__ = ['Shelf', 'shelf_of', 'dense_history', 'find_title', 'history_keys', 'read_rows', 'top_items', 'by_popularity',
+           'answer_table', 'ask', 'open_table', 'table_histories']
 
 # %% ../nbs/11g_asking.ipynb #3c75b3cc
 @dataclass(frozen=True)
@@ -106,7 +106,17 @@ def history_keys(
     key = torch.zeros(len(batch.lengths), dtype=torch.int64).index_add_(0, row, marks[batch.items]*odd[batch.offsets[1:][row]-1-batch.offsets[row]-batch.positions])
     return key & (2**62-1)
 
-# %% ../nbs/11g_asking.ipynb #061fd7a1
+# %% ../nbs/11g_asking.ipynb #b090af0c
+def read_rows(
+    model,       # fitted
+    shelf:Shelf, # its items
+    rows:list,   # R histories of dense ids, none empty
+)->Batch: # where the model computes, with the key of each history
+    "Histories as a model reads them."
+    batch = pack_histories(rows, shelf.length, len(shelf)); batch = batch._replace(users=history_keys(batch, shelf.marks))
+    return Batch(*(x if x is None else x.to(getattr(model, 'bias', shelf.counts).device) for x in batch))
+
+# %% ../nbs/11g_asking.ipynb #b2c1a3b3
 @torch.no_grad()
 def top_items(
     model,        # fitted, at rest
@@ -118,14 +128,13 @@ def top_items(
     "The best items of each history."
     out = []
     for a in range(0, len(rows), 512):
-        batch = pack_histories(rows[a:a+512], shelf.length, len(shelf)); batch = batch._replace(users=history_keys(batch, shelf.marks)); device = shelf.counts.device
-        scores = model.score(model.query(Batch(*(x if x is None else x.to(getattr(model, 'bias', shelf.counts).device) for x in batch)))).to(device)
+        scores = model.score(model.query(read_rows(model, shelf, rows[a:a+512]))).to(shelf.counts.device)
         pairs = [(r, i) for r, h in enumerate(rows[a:a+512]) for i in sorted(set(h))] if exclude_seen else None
         hide = None if pairs is None else tuple(torch.tensor(pairs).T.contiguous()); items = best(scores, k, hide)
         out.append((items, scores.gather(1, items)))
     return tuple(map(torch.cat, zip(*out)))
 
-# %% ../nbs/11g_asking.ipynb #9cbda771
+# %% ../nbs/11g_asking.ipynb #cb2355df
 def by_popularity(
     shelf:Shelf, # of the model
     rows:int,    # R
@@ -135,7 +144,7 @@ def by_popularity(
     scores = shelf.counts.float()[None]; items = best(scores, k)
     return items.expand(rows, -1), scores.gather(1, items).expand(rows, -1)
 
-# %% ../nbs/11g_asking.ipynb #96d69c95
+# %% ../nbs/11g_asking.ipynb #b9775d02
 def answer_table(
     shelf:Shelf,   # of the model
     items:Tensor,  # (R, k) from `top_items`
@@ -151,7 +160,7 @@ def answer_table(
                           'seen': [i in seen[row] for row, i in zip(r.tolist(), found.tolist())], 'by': pl.Series(by, dtype=pl.String).gather(r.numpy())})
     return table if users is None else table.insert_column(0, pl.Series(USER, users).gather(r.numpy()))
 
-# %% ../nbs/11g_asking.ipynb #507d15ed
+# %% ../nbs/11g_asking.ipynb #7b417581
 def ask(
     model,         # fitted, at rest
     shelf:Shelf,   # its items
@@ -169,7 +178,7 @@ def ask(
     if some: items[some], scores[some] = top_items(model, shelf, [rows[r] for r in some], k, exclude_seen)
     return answer_table(shelf, items, scores, rows, [name if h else 'popularity' for h in rows], users)
 
-# %% ../nbs/11g_asking.ipynb #93572203
+# %% ../nbs/11g_asking.ipynb #25a9d959
 def open_table(
     table, # a polars DataFrame, or a file
 )->pl.DataFrame: # in the order of `order`, `timestamp` or `day_group`, or as it is
@@ -181,7 +190,7 @@ def open_table(
     when = next((c for c in (ORDER, TIME, DAY) if c in table.columns), None); number = lambda c: pl.col(c).cast(pl.Float64) if table.schema[c] == pl.String else pl.col(c)
     return table if when is None else table.sort(number(when), maintain_order=True)
 
-# %% ../nbs/11g_asking.ipynb #98959ccf
+# %% ../nbs/11g_asking.ipynb #4d52efd0
 def table_histories(
     shelf:Shelf,          # of the model
     table,                # see `open_table`
