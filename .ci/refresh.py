@@ -21,6 +21,18 @@ from nbdev.process import extract_directives
 from PIL import Image
 
 
+DESCRIBED = """
+from IPython import get_ipython
+from IPython.core.pylabtools import print_figure
+from matplotlib.figure import Figure
+def told(fig):
+    parts = [[ax.get_title(loc='left') or ax.get_title(), ax.get_xlabel(), ax.get_ylabel()] for ax in fig.axes if ax.axison and ax.get_label() != '<colorbar>' or ax.get_title(loc='left')]
+    return '; '.join(dict.fromkeys(' '.join(', '.join(filter(None, p)).split()) for p in parts if any(p)))
+get_ipython().run_line_magic('matplotlib', 'inline')
+get_ipython().display_formatter.formatters['image/png'].for_type(Figure, lambda fig: (print_figure(fig, 'png', base64=True), {'alt': told(fig)}))
+"""  # a stored figure says in words what it shows: title and axes
+
+
 def skipped(cell, flags):
     "Whether a cell keeps its stored output."
     if cell.cell_type != 'code': return True
@@ -41,6 +53,7 @@ def refresh(path, flags):
     todo = [cell for cell in nb.cells if not skipped(cell, flags)]
     client = NotebookClient(nb, timeout=3600, resources={'metadata': {'path': str(path.parent)}})
     with client.setup_kernel():
+        nb.cells.append(nbformat.v4.new_code_cell(DESCRIBED)); client.execute_cell(nb.cells[-1], len(nb.cells)-1); nb.cells.pop()
         for i, cell in enumerate(nb.cells):
             if cell in todo: client.execute_cell(cell, i)
     for data in (out.data for cell in todo for out in cell.outputs if 'data' in out and 'image/png' in out.data):
