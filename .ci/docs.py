@@ -4,13 +4,15 @@
     python .ci/docs.py site      _docs: by quarto where it is installed, else plain pages of the same notebooks
 """
 import base64
+import json
 import re
 import shutil
 import sys
 from pathlib import Path
 
 import nbformat
-from nbconvert import HTMLExporter, MarkdownExporter
+import plain
+from nbconvert import MarkdownExporter
 from nbdev.quarto import nbdev_docs
 from nbdev.serve import proc_nbs
 
@@ -64,24 +66,37 @@ def readme_text():
     return '<!-- made from nbs/index.ipynb by `make readme`; change that -->\n\n# ' + title + '\n\n' + body.replace('](images/', '](nbs/images/')
 
 
+def ready(nb):
+    "A processed notebook as a page shows it: what cells print for the page is prose, and every picture says what it shows."
+    for cell in nb.cells:
+        as_text(cell)
+        for o in cell.get('outputs', ()):
+            if 'image/png' in o.get('data', {}) and (alt := told(cell, 'fig-alt') or o.metadata.get('image/png', {}).get('alt')): o.metadata['image/png'] = {'alt': alt}
+    return nb
+
+
+def say_alt():
+    "Quarto reads what a picture shows from its cell, so what is stored with the picture is written there."
+    for path in sorted(PROC.rglob('*.ipynb')):
+        nb = nbformat.read(path, 4)
+        for cell in nb.cells:
+            alts = [alt for o in cell.get('outputs', ()) if (alt := o.get('metadata', {}).get('image/png', {}).get('alt'))]
+            if alts and not told(cell, 'fig-alt'): cell.source = f'#| fig-alt: {json.dumps("; ".join(alts))}\n{cell.source}'
+        nbformat.write(nb, path)
+
+
+def plain_site(out):
+    "Plain pages of what was processed."
+    plain.write(PROC, out, Path('nbs/sidebar.yml'), ready); shutil.copytree('nbs/images', out/'images')
+
+
 def site():
     "The published site, or plain pages that read the same."
     if shutil.which('quarto'):
-        kept = Path('README.md').read_text(encoding='utf-8'); nbdev_docs()
-        return Path('README.md').write_text(kept, encoding='utf-8')  # quarto's own rendering of it is not ours
-    out = Path('_docs'); shutil.rmtree(out, ignore_errors=True)
-    exporter = HTMLExporter(mathjax_url='', require_js_url='')
-    for path in processed():
-        nb = nbformat.read(path, 4); front = nb.cells[0]
-        for cell in nb.cells: as_text(cell)
-        title = re.search(r'^title: (.*)$', front.source, flags=re.M)
-        if title: front.cell_type, front.source = 'markdown', '# ' + title[1].strip('"')
-        target = out/path.relative_to(PROC).with_suffix('.html'); target.parent.mkdir(parents=True, exist_ok=True)
-        for cell in (c for c in nb.cells if c.cell_type == 'markdown'): cell.source = re.sub(r'\]\(((?:\w+/)?\d\d\w*)\.ipynb\)', r'](\1.html)', cell.source)
-        page = exporter.from_notebook_node(nb, resources={'metadata': {'name': title[1].strip('"') if title else path.stem}})[0]
-        target.write_text(re.sub(r'<script[^>]*>(?:(?!</script>).)*html-manager.*?</script>', '', page, flags=re.S), encoding='utf-8')
-    if Path('nbs/images').exists(): shutil.copytree('nbs/images', out/'images')
-    print(f'quarto is not installed: plain pages in {out}/, open {out}/index.html')
+        processed(); say_alt(); kept = Path('README.md').read_text(encoding='utf-8'); nbdev_docs()  # which takes what is processed already
+        return Path('README.md').write_text(kept, encoding='utf-8')                                 # quarto's own rendering of it is not ours
+    processed(); plain_site(Path('_docs'))
+    print('quarto is not installed (https://quarto.org/docs/get-started): plain pages in _docs/, open _docs/index.html')
 
 
 def main(what):

@@ -1,6 +1,6 @@
 """Measure everything and write bench/results.json and bench/results.md.
 
-    python bench/run.py [NAME ...]             names: convert batches knn ranking floor peers anchors processes growth gpu; all by default, the others keep their last result
+    python bench/run.py [NAME ...]             names: convert batches knn ranking floor peers anchors processes growth asking gpu; all by default, the others keep their last result
 
 Every measurement runs in a process of its own. Ratios compare two things measured in one run on one machine; seconds alone say little elsewhere.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-NAMES = ('convert', 'batches', 'knn', 'ranking', 'floor', 'peers', 'anchors', 'processes', 'growth', 'gpu')
+NAMES = ('convert', 'batches', 'knn', 'ranking', 'floor', 'peers', 'anchors', 'processes', 'growth', 'asking', 'gpu')
 DATA_OF = {'batches': 'amazon14_toys', 'knn': 'amazon18_games', 'floor': 'amazon18_instruments', 'gpu': 'amazon18_instruments', 'peers': 'movielens_small', 'anchors': 'amazon18_instruments', 'processes': 'amazon18_instruments'}
 
 
@@ -46,6 +46,8 @@ def goals(results):
         ours, full, replay = (peers[f'{data}, {name}'] for name in ('our SASRec', 'our IMECD', "RePlay's SASRec"))
         yield f"training of our SASRec on {data}, over RecBole's", ours['training_over_RecBole'], sasrec, False; yield "the same, over RePlay's", ours['targets_per_second']/replay['targets_per_second'], 1, False
         yield f"training of IMECD on {data}, over RecBole's SASRec", full['training_over_RecBole'], imecd, False; yield f"ranking of our SASRec on {data}, over RecBole's", ours['ranking_over_RecBole'], 10, False; yield f"ranking of IMECD on {data}, over RecBole's SASRec", full['ranking_over_RecBole'], 10, False
+    if asking := results.get('asking'):
+        yield 'one history over 12,000 items, ms', asking['one_history_ms_median'], 10, True; yield 'histories a second, many at once', asking['histories_per_second'], 10_000, False; yield 'the slowest move of a widget, ms', max(v for k, v in asking.items() if k.startswith('move')), 150, True
     for name, row in results.get('gpu', {'tables': [{}]})['tables'][0].items():
         if row['training_s'] is not None: yield f'an epoch of {name} on a GPU, seconds', row['epoch_s'], .5, True; yield 'a training to early stop, seconds', row['training_s'], 60, True
     for row in growth:

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -64,3 +65,14 @@ def imecd():
             except SystemExit as e: code = e.code or 0
         return code, out.getvalue(), err.getvalue()
     return run
+
+
+@pytest.fixture(scope='session')
+def browser():
+    "Debian's Chromium, else Playwright's own."
+    from playwright.sync_api import Error, sync_playwright
+    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+    with sync_playwright() as p:
+        try: b = p.chromium.launch(executable_path=shutil.which('chromium'), args=quiet)
+        except Error as e: pytest.fail(f'no browser ({str(e).splitlines()[0]}); `apt-get install chromium`, or `playwright install chromium`, cures it')
+        yield b; b.close()

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import Error, expect, sync_playwright
+from playwright.sync_api import expect
 
 ROOT = Path(__file__).parents[1]
-ARGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
 SETTINGS = {'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True}, 'notebook-extension/tracker': {'windowingMode': 'none'}}
 PATIENCE = 240_000  # ms, for a kernel on a busy machine
 
@@ -44,15 +43,6 @@ def lab(tmp_path_factory):
         else: raise AssertionError('JupyterLab did not answer')
         yield url, token
     finally: server.terminate(); server.wait(30)
-
-
-@pytest.fixture(scope='module')
-def browser():
-    "Debian's Chromium, else Playwright's own."
-    with sync_playwright() as p:
-        try: b = p.chromium.launch(executable_path=shutil.which('chromium'), args=ARGS)
-        except Error as e: pytest.fail(f'no browser ({str(e).splitlines()[0]}); `apt-get install chromium`, or `playwright install chromium`, cures it')
-        yield b; b.close()
 
 
 class Page:

@@ -1,0 +1,52 @@
+"""What an answer costs over 12,000 items: one history, many, an explanation, and a move of each widget. One line of JSON.
+
+    OMP_NUM_THREADS=2 python bench/asking.py [--users 10000] [--items 12000]
+
+IMECD with its default size and codes placed, over a generated shop without pictures; it is not trained, because what it has learnt does not change what it costs. One history is asked for 200 times
+after a first time; many are a table of events, from the table to the table of answers. A move is from the change of a control to the new picture and text; the first of its kind is left out, so is what a browser does with it.
+"""
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from imecd.encode import load_features
+from imecd.fitting import load_split
+from imecd.model import IMECD, ModelConfig
+from imecd.recommend import Recommender
+from imecd.shop import make_shop
+from imecd.widgets import explore_codebook, explore_gates, explore_trajectory
+
+
+def ms(f):
+    start = time.perf_counter(); f(); return 1000*(time.perf_counter()-start)
+
+
+def move(control, values):
+    "Milliseconds of a move, median over these values; the first is not counted."
+    return statistics.median([ms(lambda v=v: setattr(control, 'value', v)) for v in values][1:])
+
+
+def main():
+    "Ask, and say what it took."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {'users': 10_000, 'items': 12_000}.items(): parser.add_argument(f'--{name}', type=int, default=value)
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as d:
+        shop = make_shop(Path(d)/'shop', n_users=a.users, n_items=a.items, pictures=False); data, features = load_split(shop, 'leave_one_out', 50), load_features(shop, 'auto', 'none')
+        model = IMECD.of(ModelConfig(streams='id+text'), data, features); model.place_codes(data); r = Recommender.of(model, data, shop, features=features); events = pl.read_parquet(shop/'interactions.parquet'); ids = r.shelf.ids
+        histories = [ids[k:k+8] for k in range(0, 1600, 8)]; r.recommend(histories[0]); one = sorted(ms(lambda h=h: r.recommend(h)) for h in histories)
+        took = min(ms(lambda: r.recommend_table(events)) for _ in range(2)); explained = statistics.median(ms(lambda h=h: r.explain(h).plot()) for h in histories[:6])
+        gates, codes, path = explore_gates(r, histories[0]), explore_codebook(r, events), explore_trajectory(r, histories[0], truth=ids[20])
+        moves = {'gates: another item': move(gates.controls['place'], [7, 6, 5, 4, 3, 2, 1, 2, 3]), 'gates: a content exchanged': move(gates.controls['other'], [r.shelf.titles[k] for k in range(100, 109)]),
+                 'codebook: another code': move(codes.controls['code'], range(1, 12)), 'trajectory: another step': move(path.controls['step'], range(15, 5, -1)), 'trajectory: other guidance': move(path.controls['guidance'], [.5*k for k in range(1, 9)])}
+    print(json.dumps({'users': a.users, 'items': len(ids), 'one_history_ms_median': one[len(one)//2], 'one_history_ms_95th': one[int(.95*len(one))], 'histories_per_second': a.users/took*1000, 'explanation_with_figure_ms': explained,
+                      **{f'move, {k}, ms': v for k, v in moves.items()}, 'threads_of_torch': torch.get_num_threads()}))
+
+
+if __name__ == '__main__': main()
