@@ -126,13 +126,13 @@ def top_items(
     exclude_seen:bool=False, # leave out what is in the history
 )->tuple[Tensor, Tensor]: # (R, k) dense ids, PAD where there are no more; (R, k) scores
     "The best items of each history."
-    out = []
+    order, out = sorted(range(len(rows)), key=lambda r: len(rows[r])), []     # neighbours of one length waste no padding
     for a in range(0, len(rows), 512):
-        scores = model.score(model.query(read_rows(model, shelf, rows[a:a+512]))).to(shelf.counts.device)
-        pairs = [(r, i) for r, h in enumerate(rows[a:a+512]) for i in sorted(set(h))] if exclude_seen else None
+        some = [rows[r] for r in order[a:a+512]]; scores = model.score(model.query(read_rows(model, shelf, some))).to(shelf.counts.device)
+        pairs = [(r, i) for r, h in enumerate(some) for i in sorted(set(h))] if exclude_seen else None
         hide = None if pairs is None else tuple(torch.tensor(pairs).T.contiguous()); items = best(scores, k, hide)
         out.append((items, scores.gather(1, items)))
-    return tuple(map(torch.cat, zip(*out)))
+    back = torch.tensor(order).argsort(); return tuple(torch.cat(x)[back] for x in zip(*out))
 
 # %% ../nbs/11g_asking.ipynb #cb2355df
 def by_popularity(
@@ -156,9 +156,9 @@ def answer_table(
     "Recommendations for people to read."
     r, place = (items != PAD).nonzero(as_tuple=True); found = items[r, place]; k = (found-1).numpy(); seen = [set(h) for h in rows]
     names = shelf.items['title'] if 'title' in shelf.items.columns else pl.Series('title', [None]*len(shelf), dtype=pl.String)
-    table = pl.DataFrame({'rank': (place+1).numpy(), ITEM: shelf.items[ITEM].gather(k), 'title': names.gather(k), 'score': scores[r, place].numpy(),
-                          'seen': [i in seen[row] for row, i in zip(r.tolist(), found.tolist())], 'by': pl.Series(by, dtype=pl.String).gather(r.numpy())})
-    return table if users is None else table.insert_column(0, pl.Series(USER, users).gather(r.numpy()))
+    table = pl.DataFrame({'rank': (place+1).numpy(), ITEM: shelf.items[ITEM][k], 'title': names[k], 'score': scores[r, place].numpy(),
+                          'seen': [i in seen[row] for row, i in zip(r.tolist(), found.tolist())], 'by': pl.Series(by, dtype=pl.String)[r.numpy()]})
+    return table if users is None else table.insert_column(0, pl.Series(USER, users)[r.numpy()])
 
 # %% ../nbs/11g_asking.ipynb #7b417581
 def ask(

@@ -17,9 +17,9 @@ from .explain import clean, exchange, inner_life, instead, safe
 from .recommend import Recommender
 
 # %% auto #0
-__all__ = ['Film', 'Explorer', 'kit', 'assemble', 'list_html', 'gate_picture', 'gate_state', 'said_by', 'explore_gates',
-           'CodeMap', 'code_map', 'code_facts', 'code_picture', 'facts_html', 'explore_codebook', 'walk_facts',
-           'walk_picture', 'explore_trajectory']
+__all__ = ['Film', 'Explorer', 'kit', 'assemble', 'list_html', 'gate_picture', 'gate_film', 'gate_frame', 'gate_state', 'said_by',
+           'explore_gates', 'CodeMap', 'code_map', 'code_facts', 'code_picture', 'facts_html', 'explore_codebook',
+           'walk_facts', 'walk_picture', 'explore_trajectory']
 
 # %% ../nbs/13_widgets.ipynb #03a8b49c
 class Film:
@@ -88,6 +88,25 @@ def gate_picture(
     "The strip of a history: experts and trust of its last items."
     rows = ids[-most:]; return plot_gates(moe.gates[rows], moe.trust[rows], [titles[i] for i in rows], names=names, ax=new_axes(figsize=(7, .25*most+.9)))
 
+# %% ../nbs/13_widgets.ipynb #w1dge7f1
+def gate_film(moe, ids:list, titles:list[str], names:tuple)->tuple: # see `gate_picture`: the film, and what moves on it
+    "The strip with its titles drawn once; weights and trust are drawn over it."
+    ax = gate_picture(moe, ids, titles, names); ax.set_title('Darker experts have more weight; the numbers are trust', loc='left'); moving = [*ax.images, *ax.texts]
+    for a in moving: a.set_animated(True)
+    return Film(ax), moving
+
+def gate_frame(
+    film:Film, moving:list, # from `gate_film`
+    moe,      # MoEOut of the table, as it is now
+    ids:list, # the same history
+    most:int=10, # as in `gate_picture`
+)->bytes: # PNG
+    "The strip with the weights and the trust of now."
+    gates, trust = moe.gates[ids[-most:]].cpu(), moe.trust[ids[-most:]].cpu(); m = gates.shape[1]
+    for k, image in enumerate(moving[:m]): image.set_data(gates[:, k].numpy())
+    for told, value in zip(moving[m:], trust.T.flatten().tolist()): told.set_text(f'{value:.2f}')
+    return film.frame(*moving)
+
 # %% ../nbs/13_widgets.ipynb #a149b663
 def gate_state(
     r:Recommender, # a network with experts
@@ -121,12 +140,18 @@ def explore_gates(
     words = lambda name, hint: w.Text(description=name, placeholder=hint, continuous_update=False); c = {'add': words('add', 'words of a title, Enter'), 'remove': w.Button(description='remove last'), 'place': w.IntSlider(min=1, max=max(len(ids), 1), value=max(len(ids), 1), description='item'),
          'modality': w.ToggleButtons(options=names, description='gets its'), 'other': words('of', 'words of a title; none: nobody')}
     v = {'picture': w.Image(format='png', layout=w.Layout(max_width='100%')), 'list': w.HTML()}
+    drawn = {}
+    def draw(moe):
+        if drawn.get('ids') == ids and drawn['moe'] is moe: return                                   # nothing of it moved
+        if not ids: drawn.clear(); v['picture'].value = b''; return
+        if drawn.get('ids') != ids: drawn['film'] = gate_film(moe, ids, short, names)                # else the titles stay as they are drawn
+        v['picture'].value = gate_frame(*drawn['film'], moe, ids); drawn.update(ids=list(ids), moe=moe)
     def update():
         if c['add'].value:
             new = said_by(titles, c['add'].value); ids.extend([new] if new else []); c['add'].value = ''; fit() if new else None; return
         item, other, what = ids[c['place'].value-1] if ids else PAD, said_by(titles, c['other'].value), c['modality'].value; items, now, before = gate_state(r, ids, item, what, other, k)
         told = f'{safe(titles[item], 60)} with the {what} of {safe(titles[other], 60)}:' if item and other else f"no title holds {safe(c['other'].value, 40)}" if c['other'].value else 'the list:'
-        v['picture'].value = Film(gate_picture(items.moe, ids, short, names)).frame() if ids else b''; v['list'].value = f'<p>{told}</p>{list_html(now, before[ITEM].to_list())}'
+        draw(items.moe); v['list'].value = f'<p>{told}</p>{list_html(now, before[ITEM].to_list())}'
     def fit(): c['place'].max = max(len(ids), 1); c['place'].value = max(len(ids), 1); update()
     c['remove'].on_click(lambda _: (ids.__delitem__(slice(-1, None)), fit())); return assemble(c, v, update, (('add', 'remove'), ('place', 'modality', 'other')))
 
