@@ -21,7 +21,7 @@ run: setup ## make the shop, train the models on it, print their table, write fi
 test: setup browser ## lint, notebooks, tests
 	$(BIN)/ruff check imecd tests bench .ci setup.py nbs
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 browser: setup ## Chromium for the tests of JupyterLab and of pages: Debian's where apt may install it, else Playwright's own; a test that finds neither says so
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y chromium; } >/dev/null 2>&1 || $(BIN)/playwright install chromium >/dev/null 2>&1 || true

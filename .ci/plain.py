@@ -77,7 +77,7 @@ def body_of(nb):
     "The notebook as HTML, without prompts."
     markdown = MarkdownWithMath(renderer=Renderer()); out = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True)
     out.register_filter('markdown2html', lambda source: markdown.render(source))
-    return out.from_notebook_node(nb)[0]
+    return re.sub(r'<style\b.*?</style>\s*', '', out.from_notebook_node(nb)[0], flags=re.S)  # of tables; page.css has its own
 
 
 def write(proc, out, sidebar, ready):

@@ -22,14 +22,16 @@ from PIL import Image
 
 
 DESCRIBED = """
-from IPython import get_ipython
-from IPython.core.pylabtools import print_figure
-from matplotlib.figure import Figure
-def told(fig):
-    parts = [[ax.get_title(loc='left') or ax.get_title(), ax.get_xlabel(), ax.get_ylabel()] for ax in fig.axes if ax.axison and ax.get_label() != '<colorbar>' or ax.get_title(loc='left')]
-    return '; '.join(dict.fromkeys(' '.join(', '.join(filter(None, p)).split()) for p in parts if any(p)))
-get_ipython().run_line_magic('matplotlib', 'inline')
-get_ipython().display_formatter.formatters['image/png'].for_type(Figure, lambda fig: (print_figure(fig, 'png', base64=True), {'alt': told(fig)}))
+def describe():
+    from IPython import get_ipython
+    from IPython.core.pylabtools import print_figure
+    from matplotlib.figure import Figure
+    def words(fig):
+        parts = [[ax.get_title(loc='left') or ax.get_title(), ax.get_xlabel(), ax.get_ylabel()] for ax in fig.axes if ax.axison and ax.get_label() != '<colorbar>' or ax.get_title(loc='left')]
+        return '; '.join(dict.fromkeys(' '.join(', '.join(filter(None, p)).split()) for p in parts if any(p)))
+    get_ipython().run_line_magic('matplotlib', 'inline')
+    get_ipython().display_formatter.formatters['image/png'].for_type(Figure, lambda fig: (print_figure(fig, 'png', base64=True), {'alt': words(fig)}))
+describe(); del describe
 """  # a stored figure says in words what it shows: title and axes
 
 

@@ -142,7 +142,7 @@ def plot_answers(
     ax = new_axes(ax, figsize=(7, .25*len(answers)+1)); like = answers['likeness'].fill_null(0)
     ax.barh(range(len(answers)), like, color=COLOURS['context'], height=.6); ax.set_yticks(range(len(answers)), [f'{r}. {clean(t or i, 34)}' for r, t, i in zip(answers['rank'], answers['title'], answers[ITEM])], fontsize=7, parse_math=False)
     for y, (v, t) in enumerate(zip(like, answers['like'])): ax.text(max(v, 0)+.02, y, '' if t is None else f'like {clean(t, 30)}', va='center', fontsize=7, parse_math=False)
-    ax.invert_yaxis(); ax.set_xlim(min(0, like.min() or 0)-.02, 1.6); return label(ax, 'The list, and what of the history is nearest to each item', 'cosine')
+    ax.invert_yaxis(); ax.set_xlim(min(0, like.min() or 0)-.02, 1.6); ax.set_xticks([0, .5, 1]); return label(ax, 'The list, and what of the history is nearest to each item', 'cosine')
 
 # %% ../nbs/11h_explain.ipynb #9f8a2b3e
 def plot_explanation(

@@ -58,3 +58,20 @@ for args in (['data', 'shop', 'shop', '--users', '200', '--items', '60'], ['data
     run = subprocess.run([sys.executable, '-P', '-c', script], cwd=tmp_path, capture_output=True, text=True, env={'MPLBACKEND': 'Agg', 'PATH': '/usr/bin:/bin', 'HOME': str(tmp_path)})
     assert run.returncode == 0, run.stdout[-1500:]+run.stderr[-2500:]
     assert (tmp_path/'knn/metrics.json').exists() and (tmp_path/'features/text_features.npy').exists()
+
+
+def test_ten_lines_of_the_front_page_work_from_the_wheel(wheel, tmp_path):
+    "Pasted into an empty folder, with the wheel and the core alone."
+    import re
+    ten = re.findall(r'```python\n(.*?)```', (ROOT/'README.md').read_text(encoding='utf-8').split('## Ten lines')[1].split('\nExperts of every item')[0], flags=re.S); code = '\n'.join(ten)
+    assert len(ten) == 3 and sum(bool(line.strip()) for line in code.splitlines()) == 10 and '.recommend(' in code and '.explain(' in code
+    hidden = f"""
+import sys
+from importlib.machinery import PathFinder
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None): return None if name.split('.')[0] in {WORKSHOP!r} else PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [Without if f is PathFinder else f for f in sys.meta_path]; sys.path[:] = [{str(wheel)!r}]+[p for p in sys.path if p != {str(ROOT)!r}]
+"""
+    run = subprocess.run([sys.executable, '-P', '-c', hidden+code], cwd=tmp_path, capture_output=True, text=True, env={'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': '1', 'PATH': '/usr/bin:/bin', 'HOME': str(tmp_path)})
+    assert run.returncode == 0, run.stdout[-1500:]+run.stderr[-2500:]; assert {p.name for p in tmp_path.iterdir()} >= {'shop', 'runs'}
