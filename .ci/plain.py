@@ -35,7 +35,7 @@ class Renderer(IPythonRenderer):
         name = slug(text); n = self.used[name] = self.used.get(name, -1)+1; name += f'-{n}' if n else ''
         return f'<h{level} id="{name}">{text} <a class="anchor" href="#{name}" aria-label="link to this heading">#</a></h{level}>\n'
 
-    def block_math(self, body): return convert(body.strip(), display='block')
+    def block_math(self, body): return f'<div class="equation">{convert(body.strip(), display="block")}</div>'
     def inline_math(self, body): return convert(body)
     def latex_environment(self, name, body): return convert(f'\\begin{{{name}}}{body}\\end{{{name}}}', display='block')
 
@@ -63,13 +63,14 @@ def pages(proc, names):
 def relative(target, page): return os.path.relpath(target, Path(page).parent)
 
 
-def follow(body, page, known):
-    "Links to notebooks and to the published site become links to these pages."
-    host = (get_config().doc_host+get_config().doc_baseurl).rstrip('/')+'/'
+def follow(body, page, known, anchors):
+    "Links to notebooks and to the published site become links to these pages; an anchor that a page has not leads to what holds it, or to the page."
+    host = (get_config().doc_host+get_config().doc_baseurl).rstrip('/')+'/'; inside = {p.target for p in known.values()}
     def one(m):
-        link, anchor = html.unescape(m[1]), m[2] or ''
-        if link.endswith('.ipynb') and '://' not in link: name = os.path.normpath(Path(page.target).parent/link); return f'href="{relative(known[name].target, page.target)}{anchor}"'
-        return f'href="{relative(link[len(host):], page.target)}{anchor}"' if link.startswith(host) else m[0]
+        link, anchor = html.unescape(m[1]), (m[2] or '')[1:]; to = link[len(host):] if link.startswith(host) else os.path.normpath(Path(page.target).parent/link) if '://' not in link else ''
+        to = known[name].target if (name := re.sub(r'\.html$', '.ipynb', to)) in known else to
+        if to not in inside: return m[0]
+        anchor = next((x for x in (anchor, anchor.split('.')[0]) if x in anchors[to]), ''); return f'href="{relative(to, page.target)}{anchor and "#"+anchor}"'
     return re.sub(r'href="([^"#]+)(#[^"]*)?"', one, body)
 
 
@@ -77,7 +78,7 @@ def body_of(nb):
     "The notebook as HTML, without prompts."
     markdown = MarkdownWithMath(renderer=Renderer()); out = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True)
     out.register_filter('markdown2html', lambda source: markdown.render(source))
-    return re.sub(r'<style\b.*?</style>\s*', '', out.from_notebook_node(nb)[0], flags=re.S)  # of tables; page.css has its own
+    return re.sub(r'<(style|script)\b.*?</\1>\s*', '', out.from_notebook_node(nb)[0], flags=re.S)  # styles of tables, page.css has its own; states of widgets, which nobody moves here
 
 
 def write(proc, out, sidebar, ready):
@@ -87,8 +88,11 @@ def write(proc, out, sidebar, ready):
     page_of = Template((HERE/'page.html').read_text(), autoescape=True)
     day, night = (HtmlFormatter(style=s).get_style_defs('.highlight') for s in ('default', 'github-dark'))
     (out/'page.css').write_text((HERE/'page.css').read_text()+day+'\n@media (prefers-color-scheme: dark) {\n'+night+'\n}\n')
+    bodies = {}
+    for name in order: nb = ready(nbformat.read(known[name].source, 4)); nb.cells = nb.cells[1:]; bodies[name] = body_of(nb)
+    anchors = {known[name].target: set(re.findall(r' id="([^"]+)"', body)) for name, body in bodies.items()}
     for k, name in enumerate(order):
-        page = known[name]; nb = ready(nbformat.read(page.source, 4)); nb.cells = nb.cells[1:]; target = out/page.target; target.parent.mkdir(parents=True, exist_ok=True)
+        page = known[name]; target = out/page.target; target.parent.mkdir(parents=True, exist_ok=True)
         near = [known[order[i]] if 0 <= i < len(order) else None for i in (k-1, k+1)]
-        target.write_text(page_of.render(page=page, body=follow(body_of(nb), page, known), sections=[(s['section'], [known[n] for n in s['contents']]) for s in sections], before=near[0], after=near[1], to=lambda t, p=page: relative(t, p.target)), encoding='utf-8')
+        target.write_text(page_of.render(page=page, body=follow(bodies[name], page, known, anchors), sections=[(s['section'], [known[n] for n in s['contents']]) for s in sections], before=near[0], after=near[1], to=lambda t, p=page: relative(t, p.target)), encoding='utf-8')
     return known
