@@ -102,8 +102,8 @@ def gate_frame(
     most:int=10, # as in `gate_picture`
 )->bytes: # PNG
     "The strip with the weights and the trust of now."
-    gates, trust = moe.gates[ids[-most:]].cpu(), moe.trust[ids[-most:]].cpu(); m = gates.shape[1]
-    for k, image in enumerate(moving[:m]): image.set_data(gates[:, k].numpy())
+    gates, trust = moe.gates[ids[-most:]].detach().cpu(), moe.trust[ids[-most:]].detach().cpu(); m = gates.shape[1]
+    for k, image in enumerate(moving[:m]): image.set_data(gates[:, k].numpy()); image.set_clim(0, float(gates.max()))
     for told, value in zip(moving[m:], trust.T.flatten().tolist()): told.set_text(f'{value:.2f}')
     return film.frame(*moving)
 
