@@ -19,6 +19,16 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = {'apputils-extension/notification': {'fetchNews': 'false', 'checkForUpdates': False, 'doNotDisturbMode': True}, 'notebook-extension/tracker': {'windowingMode': 'none'}}
 PATIENCE = 240_000  # ms, for a kernel on a busy machine
 
+CONTRAST = """box => {
+    const rgb = s => s.match(/[\\d.]+/g).map(Number), light = c => c.slice(0, 3).map(x => x/255).map(x => x <= .04045 ? x/12.92 : ((x+.055)/1.055)**2.4).reduce((s, x, i) => s+x*[.2126, .7152, .0722][i], 0);
+    const ground = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c.length == 3 || c[3] > 0) return c; } return [255, 255, 255]; };
+    const words = [], walk = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) {
+        const e = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim();
+        if (text && e.offsetParent && !e.closest('[disabled]')) { const [a, b] = [light(rgb(getComputedStyle(e).color)), light(ground(e))]; words.push([text, (Math.max(a, b)+.05)/(Math.min(a, b)+.05)]); }
+    }
+    return words; }"""  # of every word that is shown against what lies under it (WCAG)
+
 
 def without_export(path, out):
     "A notebook without the cell that writes the library, which a reader's copy must not do."
@@ -35,7 +45,7 @@ def lab(tmp_path_factory):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     token, url = secrets.token_hex(16), f'http://127.0.0.1:{port}'
     env = {**{k: v for k, v in os.environ.items() if k != 'MPLBACKEND'}, 'JUPYTER_CONFIG_DIR': str(home/'config'), 'JUPYTER_DATA_DIR': str(home/'data'), 'JUPYTER_RUNTIME_DIR': str(home/'run'), 'JUPYTERLAB_SETTINGS_DIR': str(home/'settings'), 'JUPYTERLAB_WORKSPACES_DIR': str(home/'workspaces'), 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
-    with open(home/'log', 'w') as log: server = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={nbs}', '--allow-root'], env=env, stdout=log, stderr=subprocess.STDOUT)
+    with open(home/'log', 'w') as log: server = subprocess.Popen([sys.executable, '-m', 'jupyter', 'lab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={nbs}', '--allow-root', '--LabApp.expose_app_in_browser=True'], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(480):
             try: urllib.request.urlopen(f'{url}/api/status?token={token}', timeout=2).close(); break
@@ -83,6 +93,10 @@ class Page:
         slider = box.locator('.widget-hslider', has=self.page.locator(f'text="{name}"')); rail, handle = slider.locator('.noUi-target').bounding_box(), slider.locator('.noUi-handle').bounding_box()
         self.page.mouse.move(handle['x']+handle['width']/2, handle['y']+handle['height']/2); self.page.mouse.down(); self.page.mouse.move(rail['x']+to*rail['width'], rail['y']+rail['height']/2, steps=6); self.page.mouse.up()
 
+    def dark(self): self.page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"); expect(self.page.locator('body')).to_have_attribute('data-jp-theme-light', 'false')
+
+    def faint(self, box): return [(text, round(c, 1)) for text, c in box.evaluate(CONTRAST) if c < 4.5]
+
     def shot(self, name):
         if folder := os.environ.get('IMECD_SHOTS'): Path(folder).mkdir(parents=True, exist_ok=True); self.page.screenshot(path=f'{folder}/{name}.png')
 
@@ -108,6 +122,11 @@ def test_widgets_move_by_keyboard_and_by_mouse(lab, browser):
     path = page.box('step'); path.scroll_into_view_if_needed(); page.shot('trajectory_before')
     page.changes(path, lambda: page.slide(path, 'step', 'ArrowLeft')); page.changes(path, lambda: page.drag(path, 'step', .1)); page.changes(path, lambda: page.drag(path, 'guidance', .9), both=False)
     page.changes(path, lambda: path.get_by_role('button', name='without contrast').click(), both=False); page.shot('trajectory_after'); page.fine()
+
+    boxes = {'gates': gates, 'codebook': codes, 'trajectory': path}; by_day = {name: page.faint(box) for name, box in boxes.items()}
+    page.dark(); page.changes(codes, lambda: page.slide(codes, 'code', 'ArrowLeft'), both=False)
+    for name, box in boxes.items(): box.scroll_into_view_if_needed(); page.shot(f'{name}_dark')
+    by_night = {name: page.faint(box) for name, box in boxes.items()}; assert sum(len(box.evaluate(CONTRAST)) for box in boxes.values()) > 40 and not any(by_day.values()) and not any(by_night.values()), (by_day, by_night); page.fine()
 
 
 def test_hostile_titles_run_nothing_in_a_browser(browser, tmp_path):
