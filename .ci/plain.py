@@ -23,8 +23,8 @@ HERE = Path(__file__).parent
 
 def slug(text):
     "The anchor that Pandoc gives a heading."
-    text = re.sub(r'<[^>]*>', '', html.unescape(text)).lower(); text = re.sub(r'[^\w\-. ]', '', text)
-    return re.sub(r'^[^a-z]+', '', re.sub(r' +', '-', text.strip())) or 'section'
+    text = html.unescape(re.sub(r'<[^>]*>', '', text)).lower(); text = re.sub(r'[^\w\-. ]', '', text)
+    return re.sub(r'^[\W\d_]+', '', re.sub(r' +', '-', text.strip())) or 'section'
 
 
 class Renderer(IPythonRenderer):
@@ -64,13 +64,14 @@ def relative(target, page): return os.path.relpath(target, Path(page).parent)
 
 
 def follow(body, page, known, anchors):
-    "Links to notebooks and to the published site become links to these pages; an anchor that a page has not leads to what holds it, or to the page."
+    "Links to notebooks and to the published site become links to these pages. A link of nbdev's to a name that has no heading leads to what holds it, or to the page; one that an author wrote stays as it is, for tests to find."
     host = (get_config().doc_host+get_config().doc_baseurl).rstrip('/')+'/'; inside = {p.target for p in known.values()}
     def one(m):
         link, anchor = html.unescape(m[1]), (m[2] or '')[1:]; to = link[len(host):] if link.startswith(host) else os.path.normpath(Path(page.target).parent/link) if '://' not in link else ''
         to = known[name].target if (name := re.sub(r'\.html$', '.ipynb', to)) in known else to
         if to not in inside: return m[0]
-        anchor = next((x for x in (anchor, anchor.split('.')[0]) if x in anchors[to]), ''); return f'href="{relative(to, page.target)}{anchor and "#"+anchor}"'
+        if link.startswith(host): anchor = next((x for x in (anchor, anchor.split('.')[0]) if x in anchors[to]), '')
+        return f'href="{relative(to, page.target)}{anchor and "#"+anchor}"'
     return re.sub(r'href="([^"#]+)(#[^"]*)?"', one, body)
 
 
@@ -84,10 +85,10 @@ def body_of(nb):
 def write(proc, out, sidebar, ready):
     "Write the site; `ready(nb)` is what a notebook is shown as. Returns the pages."
     shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
-    sections = yaml.safe_load(sidebar.read_text())['website']['sidebar']['contents']; order = [name for s in sections for name in s['contents']]; known = pages(proc, order)
-    page_of = Template((HERE/'page.html').read_text(), autoescape=True)
+    sections = yaml.safe_load(sidebar.read_text(encoding='utf-8'))['website']['sidebar']['contents']; order = [name for s in sections for name in s['contents']]; known = pages(proc, order)
+    page_of = Template((HERE/'page.html').read_text(encoding='utf-8'), autoescape=True)
     day, night = (HtmlFormatter(style=s).get_style_defs('.highlight') for s in ('default', 'github-dark'))
-    (out/'page.css').write_text((HERE/'page.css').read_text()+day+'\n@media (prefers-color-scheme: dark) {\n'+night+'\n}\n')
+    (out/'page.css').write_text((HERE/'page.css').read_text(encoding='utf-8')+day+'\n@media (prefers-color-scheme: dark) {\n'+night+'\n}\n', encoding='utf-8')
     bodies = {}
     for name in order: nb = ready(nbformat.read(known[name].source, 4)); nb.cells = nb.cells[1:]; bodies[name] = body_of(nb)
     anchors = {known[name].target: set(re.findall(r' id="([^"]+)"', body)) for name, body in bodies.items()}

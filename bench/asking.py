@@ -43,7 +43,8 @@ def main():
         histories = [ids[k:k+8] for k in range(0, 1600, 8)]; r.recommend(histories[0]); one = sorted(ms(lambda h=h: r.recommend(h)) for h in histories)
         took = min(ms(lambda: r.recommend_table(events)) for _ in range(2)); explained = statistics.median(ms(lambda h=h: r.explain(h).plot()) for h in histories[:6])
         gates, codes, path = explore_gates(r, histories[0]), explore_codebook(r, events), explore_trajectory(r, histories[0], truth=ids[20])
-        moves = {'gates: another item': move(gates.controls['place'], [7, 6, 5, 4, 3, 2, 1, 2, 3]), 'gates: a content exchanged': move(gates.controls['other'], [r.shelf.titles[k] for k in range(100, 109)]),
+        titles = r.shelf.titles; added, removed = move(gates.controls['add'], titles[200:208]), statistics.median([ms(gates.controls['remove'].click) for _ in range(8)][1:])
+        moves = {'gates: an item added': added, 'gates: the last one removed': removed, 'gates: another item': move(gates.controls['place'], [7, 6, 5, 4, 3, 2, 1, 2, 3]), 'gates: a content exchanged': move(gates.controls['other'], titles[100:109]),
                  'codebook: another code': move(codes.controls['code'], range(1, 12)), 'trajectory: another step': move(path.controls['step'], range(15, 5, -1)), 'trajectory: other guidance': move(path.controls['guidance'], [.5*k for k in range(1, 9)])}
     print(json.dumps({'users': a.users, 'items': len(ids), 'one_history_ms_median': one[len(one)//2], 'one_history_ms_95th': one[int(.95*len(one))], 'histories_per_second': a.users/took*1000, 'explanation_with_figure_ms': explained,
                       **{f'move, {k}, ms': v for k, v in moves.items()}, 'threads_of_torch': torch.get_num_threads()}))
