@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import torch
 from nbclient import NotebookClient
 from nbdev.clean import clean_nb, process_write
@@ -43,10 +44,12 @@ def skipped(cell, flags):
 
 
 def smaller(png):
-    "A stored figure with 256 colours: a third of the size, and the same to the eye."
-    out = io.BytesIO(); picture = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
-    picture.quantize(256, dither=Image.Dither.NONE).save(out, 'png', optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
+    "A stored figure in as few colours as leave every inked pixel within 4 of 255 (root mean square): a quarter of the size, and the same to the eye."
+    out = io.BytesIO(); picture = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB'); true = np.asarray(picture, float); ink = true.min(-1) < 250
+    for colours in (16, 32, 64, 128, 256):
+        few = picture.quantize(colours, dither=Image.Dither.NONE)
+        if not ink.any() or ((np.asarray(few.convert('RGB'))-true)[ink]**2).mean() < 16: break
+    few.save(out, 'png', optimize=True); return base64.b64encode(out.getvalue()).decode()
 
 
 def refresh(path, flags):
