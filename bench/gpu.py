@@ -22,7 +22,7 @@ from imecd.model import IMECD
 from imecd.train import TrainConfig, fit, running_mean, train_epoch, validate
 
 DATA = Path(os.environ.get('IMECD_DATA', 'data'))
-PRODUCTS = ('gemm', 'cutlass', 'xmma', 'gemv')
+PRODUCTS = ('gemm', 'cutlass', 'xmma', 'gemv', 'nvjet')
 
 
 def wait(device):

@@ -19,7 +19,7 @@ import numpy as np
 from imecd.histories import leave_one_out, load_interactions
 
 HERE, DATA = Path(__file__).parent.resolve(), Path(os.environ.get('IMECD_DATA', 'data')).resolve()
-ENVIRONMENTS = {'recbole': ('torch==2.13.0', 'numpy<2', 'pandas<3', 'scipy<1.15', 'setuptools<81', 'recbole==1.2.1', 'kmeans-pytorch'), 'replay': ('torch==2.13.0', 'replay-rec[torch]==0.22.0')}
+ENVIRONMENTS = {'recbole': ('torch==2.13.0', 'numpy<2', 'pandas<3', 'scipy<1.15', 'setuptools<81', 'recbole==1.2.1', 'kmeans-pytorch'), 'replay': ('torch==2.13.0', 'replay-rec[torch]==0.22.0'), 'cornac': ('torch==2.13.0', 'cornac==3.0.1')}
 SETS = ('movielens_small', 'amazon14_toys')
 
 

@@ -19,8 +19,7 @@ from .cache import make_cache
 from .runs import assess, save_figures
 from .fitting import configure_preset, feature_space, feature_state
 from .baselines import MODELS, gather_settings, make_model, pairs, parse_value, plot_models, read_config
-from .processes import is_main
-from .running import NETWORKS, headline, known_model, may_begin, note, stored_model, table, train_run, training_folder
+from .running import NETWORKS, headline, known_model, note, stored_model, table, train_run, training_folder
 from .tuning import tune as tune_settings
 from .studies import ablations, find_runs, group_runs, plan, report, run_jobs
 from .recommend import answer_lines, open_any, open_run, told_history
@@ -167,7 +166,6 @@ def train(
     settings = gather_settings(told, set_, epochs)
     if known_model(model) in NETWORKS: length = configure_preset(model, settings, length, seed, NETWORKS)[0].length
     else: make_model(model, settings)
-    if model in NETWORKS or is_main(): may_begin(out, resume)
     run = train_run(folder, out, model, settings, split, length or 50, k_core, tune, seed, device, started, features, resume=resume, track=track or ())
     if run is not None: show(run.metrics if as_json else headline(run.metrics), as_json)
 

@@ -54,7 +54,8 @@ def may_begin(
     resume:bool, # as asked for
 )->None:
     "Refuse to write over a run, or over a training that was begun."
-    free_folder(out); begun = (folder := training_folder(out)).exists()
+    free_folder(out); begun = (folder := training_folder(out)).exists(); above = next(p for p in Path(out).absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK): raise ImecdError(f'{out} cannot be made, for {above} is no folder that may be written to; give another --out')
     if begun and not resume: raise ImecdError(f'{folder} holds a training that was begun; add --resume to go on with it, or remove it')
     if resume and not begun: note(f'{folder} is not there, so there is nothing to resume; the training starts from the beginning')
 
@@ -113,6 +114,7 @@ def train_run(
             show = {'none': 'lines'}.get(stage(), stage()) if os.environ.get('IMECD_PROGRESS') != 'off' else 'none'
             fitted, chosen, history, read, notes = fit_preset(model, folder, data, settings, features, seed, NETWORKS, training, resume=resume, show=show, trackers=track)
             for text in notes: note(text)
+            started = min(started, time.time()-60*history.minutes)  # one that was gone on with took longer than this process
             config['train'], tables, manifest = asdict(chosen), {'history': history.table}, {**read.manifest, 'folder': features and str(features.resolve())}
             more = {'training': {'best': history.best, 'epochs': len(history.table), 'minutes': history.minutes, 'processes': int(os.environ.get('WORLD_SIZE', 1))}}
             figures = lambda: {**history_figures(history, chosen, fitted.config.codes), **room_figures(fitted, data, item_titles(data), lies)}

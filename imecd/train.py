@@ -111,7 +111,7 @@ def train_step(
     warmup:bool=False,   # the condition answers alone
     where:str='a step',  # for messages
 )->dict[str, Tensor]: # the loss, every term without its weight, the norm of the gradient before clipping, the share of each stream that its codes lose
-    "One step; nothing is moved by a loss or a gradient that is not finite."
+    "One step; no parameter is moved by a loss or a gradient that is not finite (codebooks and means of standardisation learn while the loss is made)."
     model = processes.model
     with torch.autocast(batch.items.device.type, torch.bfloat16, enabled=config.bf16): out = processes.loss(batch, warmup)
     terms = {'loss': out.loss.detach(), **{k: v.detach() for k, v in out.parts.items()}}
@@ -222,7 +222,8 @@ def belonging(
     "What must be the same for a training to go on; how long it may take may change."
     how = {k: v for k, v in asdict(config).items() if k not in ('patience', 'shard') and (k != 'epochs' or config.lr_end < 1)}
     features = {m: digest(getattr(model.table, f'features_{m}').cpu().numpy())[:16] for m in model.table.modalities}
-    return {'data': content_hash(data.split.data)[:16], 'split': data.split.name, 'features': features, 'model': asdict(model.config), 'training': how}
+    return {'data': content_hash(data.split.data)[:16], 'split': data.split.name, 'length': data.length, 'windows': digest(torch.stack([*map(torch.as_tensor, data.windows)]).numpy())[:16],
+            'features': features, 'model': asdict(model.config), 'training': how}
 
 # %% ../nbs/10_train.ipynb #4f8d0ea2
 class Best(NamedTuple):
@@ -250,8 +251,7 @@ class Keeper:
         "Where the training stood, if there is anything to go on with; tensors as in `layout`."
         if not self.resume or self.folder is None or not self.file('last').exists(): return None
         last, best = (load_checkpoint(self.file(name), like) for name in ('last', 'best')); must_agree(last.facts, self.belongs, self.file('last'))
-        value, epoch, ahead = best.facts['value'], best.facts['epoch'], best.facts['epoch'] >= len(last.facts['rows'])
-        return last, Best(-1. if ahead else value, epoch, best.tensors)  # killed between the two: the epoch is done again, and decides by itself
+        return last, Best(best.facts['value'], best.facts['epoch'], best.tensors)  # killed between the two, `best` is of an epoch that is done again: to the bit on a processor, elsewhere the better one stands
 
     def keep(self, rows:list[dict], tensors:dict|None, best:Best, minutes:float)->None:
         "Write what an epoch left; `best` first, so that no `last` speaks of a best that is not there."
@@ -293,8 +293,9 @@ def fit(
             row = {'epoch': epoch, **train_epoch(model, report.read(data.epoch(c.seed, epoch, c.targets, reverse=c.reverse, skip=c.skip), c.targets), optimiser, c, epoch, processes)}; took = time.time()-start
             with wear(model, mean.parameters()):
                 with processes.undivided():
-                    r, codes = validate(model, data, cases, processes=processes)
-                    row |= {'valid ndcg@10': float(ndcg(r, 10).mean()), name: float(ndcg(r, c.metric_k).mean()), **room_health(model, codes), 'targets/s': data.n_targets/took, 'seconds': time.time()-start}
+                    try: r, codes = validate(model, data, cases, processes=processes)
+                    except ImecdError as e: raise ImecdError(f'epoch {epoch}, validation after its last batch: {e}; the epoch before is kept; lower lr (now {c.lr:g})') from e
+                    row |= {'valid ndcg@10': float(ndcg(r, 10).mean()), name: float(ndcg(r, c.metric_k).mean()), **room_health(model, codes), 'targets/s': (1-c.skip)*data.n_targets/took, 'seconds': time.time()-start}
                     if callback: callback(epoch, row, model)
                 if row[name] > best.value: best = best._replace(state=None); best = Best(row[name], epoch, {k: v.clone() for k, v in model.state_dict().items()})
             model.cache = None  # all items, made for validation, are not kept beside what comes next

@@ -1,4 +1,5 @@
 "Checkpoints: whole or not at all, of this training or refused; a training that is killed ends where it would have ended."
+import contextlib
 import json
 import os
 import random
@@ -26,12 +27,17 @@ from imecd.train import TrainConfig, fit
 
 SMALL = dict(streams='id+text', dim=16, layers=1, inner=32, codes=8, length=20)
 RUN = TrainConfig(epochs=20, patience=50, targets=512, warmup=1)
-LONG = replace(RUN, epochs=60, patience=99)  # to be killed ten times before it ends
+LONG = replace(RUN, epochs=36, patience=99)  # to be killed ten times before it ends
 PROGRAM = '''
-import sys
+import sys, time
 from pathlib import Path
+import safetensors.torch
 from test_checkpoints import model_of, opened, LONG
 from imecd.train import fit
+def slowly(tensors, path, header):
+    raw = safetensors.torch.save(tensors, header)
+    with open(path, 'wb') as f: f.write(raw[:len(raw)//2]); f.flush(); time.sleep(.1); f.write(raw[len(raw)//2:])
+if sys.argv[3] == 'slowly': safetensors.torch.save_file = slowly
 data, features = opened(Path(sys.argv[1]))
 print('ready', flush=True)
 fit(model_of(data, features), data, LONG, folder=Path(sys.argv[2]), resume=True)
@@ -67,10 +73,11 @@ def same(folder, m, h, undisturbed):
 def stamp(path): return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def let_run(child, last, seconds, epochs):
-    "Wait so long, but for no more epochs than that, so that a fast machine does not finish what is to be killed."
-    end, seen, passed = time.time()+seconds, stamp(last), 0
-    while time.time() < end and passed < epochs and child.poll() is None: now = stamp(last); passed += now != seen; seen = now; time.sleep(.0005)
+def let_run(child, last, epochs, seconds):
+    "Wait for so many epochs, then so long."
+    seen, passed = stamp(last), 0
+    while passed < epochs and child.poll() is None: now = stamp(last); passed += now != seen; seen = now; time.sleep(.0005)
+    time.sleep(seconds)
 
 
 def test_checkpoints_change_nothing(shop, undisturbed):
@@ -91,18 +98,18 @@ def test_a_finished_training_is_not_trained_again(shop, undisturbed, tmp_path):
 
 def test_killed_ten_times_it_ends_where_it_would_have_ended(shop, tmp_path, tmp_path_factory):
     "SIGKILL at random moments of a real process, also in the middle of the write of a checkpoint, each time gone on with; afterwards everything is as if nothing had happened."
-    dice, kills, caught, epochs = random.Random(0), 0, 0, []; env = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads()), 'PYTHONPATH': str(Path(__file__).parent)}
+    dice, halves, epochs = random.Random(0), 0, []; env = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads()), 'PYTHONPATH': str(Path(__file__).parent)}
     last = tmp_path/'last.safetensors'
-    while kills < 10:
-        child = subprocess.Popen([sys.executable, '-c', PROGRAM, str(shop), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env); assert child.stdout.readline() == b'ready\n'
-        before, part = stamp(last), f".{('last', 'best')[kills % 4 == 1]}.*"
-        if kills % 2:  # one epoch further, then in the middle of a write
-            while stamp(last) == before and child.poll() is None: began = time.time()
-            while not any(tmp_path.glob(part)) and child.poll() is None and time.time()-began < 1: pass
-        else: let_run(child, last, dice.uniform(.05, 1.5), dice.randint(1, 6))
-        caught += any(tmp_path.glob('.*')); child.send_signal(signal.SIGKILL); child.wait(); child.stdout.close(); kills += 1; assert child.returncode == -signal.SIGKILL
-        if last.exists(): epochs.append(len(load_checkpoint(last).facts['rows']))
-    assert epochs == sorted(epochs) and 0 < epochs[-1] < LONG.epochs and caught
+    for kill in range(10):
+        aimed = kill % 2; child = subprocess.Popen([sys.executable, '-c', PROGRAM, str(shop), str(tmp_path), 'slowly' if aimed else 'as it is'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env); assert child.stdout.readline() == b'ready\n'
+        half = lambda: [p for p in tmp_path.glob(f".{('last', 'best')[kill % 4 == 1]}.*") if 0 < p.stat().st_size]
+        if aimed:  # in the middle of a write
+            with contextlib.suppress(FileNotFoundError):
+                while not half() and child.poll() is None: pass
+        else: let_run(child, last, dice.randint(1, 3), dice.uniform(0, .2))
+        child.send_signal(signal.SIGKILL); child.wait(); child.stdout.close(); assert child.returncode == -signal.SIGKILL; halves += aimed and len(half())
+        epochs.append(len(load_checkpoint(last).facts['rows']) if last.exists() else 0)
+    assert epochs == sorted(epochs) and epochs[0] > 0 and all(a < b for a, b in zip(epochs[1::2], epochs[2::2])) and epochs[-1] < LONG.epochs and halves >= 3, (epochs, halves)
     data, features = opened(shop); m, whole = model_of(data, features), model_of(data, features); h = fit(m, data, LONG, folder=tmp_path, resume=True); there = tmp_path_factory.mktemp('whole'); same(tmp_path, m, h, (whole, fit(whole, data, LONG, folder=there), there))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['best.safetensors', 'history.jsonl', 'last.safetensors']
 
@@ -192,3 +199,22 @@ def test_a_disk_that_is_full_at_the_history(tmp_path, monkeypatch):
 def test_what_a_first_killed_writer_left_is_cleared(tmp_path):
     (tmp_path/'.best.safetensors.xyz.safetensors').write_bytes(b'half'); data, features = many.made()
     fit(IMECD.of(configure(ModelConfig, many.SMALL), data, features), data, TrainConfig(epochs=1, targets=64), folder=tmp_path, resume=True, show='none'); assert not [*tmp_path.glob('.*')]
+
+
+def test_a_training_on_other_rows_of_the_same_data_is_refused(tmp_path):
+    data, features = many.made(); fit(IMECD.of(configure(ModelConfig, many.SMALL), data, features), data, TrainConfig(epochs=1, targets=64), folder=tmp_path, show='none'); short = sequence_data(data.split, 4)
+    with pytest.raises(ImecdError, match='of another training: length was 10 and is 4'): fit(IMECD.of(configure(ModelConfig, many.SMALL), short, features), short, TrainConfig(epochs=2, targets=64), folder=tmp_path, resume=True, show='none')
+
+
+def test_the_better_of_a_torn_pair_stands(tmp_path, monkeypatch):
+    "Where the epoch that is done again comes out worse, what was written before the kill is kept."
+    data, features = many.made(); make = lambda: IMECD.of(configure(ModelConfig, many.SMALL), data, features); values = iter((.1, .4, .3, .2))
+    monkeypatch.setattr('imecd.train.ndcg', lambda r, k: torch.full((len(r),), next(values) if k == 20 else 0.))
+    fit(make(), data, TrainConfig(epochs=1, targets=64, warmup=0), folder=tmp_path, show='none'); shutil.copy(tmp_path/'last.safetensors', tmp_path/'first'); fit(make(), data, TrainConfig(epochs=2, targets=64, warmup=0), folder=tmp_path, resume=True, show='none')
+    (tmp_path/'first').replace(tmp_path/'last.safetensors'); kept = load_checkpoint(tmp_path/'best.safetensors').tensors; m = make()
+    assert fit(m, data, TrainConfig(epochs=3, targets=64, warmup=0), folder=tmp_path, resume=True, show='none').best == 1 and all(torch.equal(x, kept[k]) for k, x in m.state_dict().items())
+
+
+def test_a_training_that_diverges_in_its_last_step_says_so(tmp_path):
+    data, features = many.made()
+    with pytest.raises(ImecdError, match=r'epoch 0, validation after its last batch: .*NaN.*lower lr \(now 1e\+30\)'): fit(IMECD.of(configure(ModelConfig, many.SMALL), data, features), data, TrainConfig(epochs=1, targets=10**6, lr=1e30), show='none')

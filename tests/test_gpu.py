@@ -1,7 +1,7 @@
 "A GPU gives what the processor gives: losses, gradients, candidates, rankings, codes and a training."
 import os
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import many
 import pytest
@@ -23,8 +23,8 @@ OTHER = os.environ.get('IMECD_OTHER_DEVICE', 'cuda')  # `cpu` tries the tests th
 def both():
     "The same data on both devices; skipped where there is no GPU."
     if OTHER == 'cuda' and not torch.cuda.is_available(): pytest.skip('no CUDA device')
-    data, features = many.made(200); move = lambda x: None if x is None else x.to(OTHER)
-    return data, replace(data, events=move(data.events), offsets=move(data.offsets), rest=move(data.rest)), features
+    data, features = many.made(200); tensors = {f.name: x.to(OTHER) for f in fields(data) if torch.is_tensor(x := getattr(data, f.name))}
+    return data, replace(data, **tensors), features
 
 
 @pytest.fixture
