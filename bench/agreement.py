@@ -2,7 +2,7 @@
 
     python bench/agreement.py OUT.csv [--seeds 3] [--data DIR]        default $IMECD_DATA/amazon18_office
 
-D = 64, two layers, two heads, the last 50 events, dropout .5, Adam with 1e-3, the epoch that is best on validation NDCG@20 (patience of ten epochs for RecBole and RePlay; 60 epochs for Cornac, whose loss samples 2,048
+D = 64, two layers, two heads, the last 50 events, dropout .5, Adam with 1e-3, the epoch that is best on validation NDCG@20 (patience of ten epochs for RecBole and RePlay; of 10, 20 and 30 epochs for Cornac, whose loss samples 2,048
 negatives). Cornac's GRU4Rec has its defaults, and 30 epochs. A peer writes its scores of all items for each test question; ranks, ties and lists are ours. Environments as in `peers.py`.
 """
 import argparse
