@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-import warnings
+import re, warnings
 import polars as pl, torch
 from torch import Tensor
 from .core import DAY, ITEM, ORDER, PAD, TIME, USER, ImecdError, digest
@@ -89,7 +89,8 @@ def find_title(
     "The one item of that title."
     fold = lambda t: ' '.join(str(t).split()).casefold(); want = fold(text); titles = list(map(fold, shelf.titles[1:]))
     if not want: raise ImecdError('a title is empty; give some words of it')
-    fits = [k for k, t in enumerate(titles) if t == want] or [k for k, t in enumerate(titles) if want in t]
+    words = re.compile(rf'(?<!\w){re.escape(want)}(?!\w)'); ways = (lambda t: t == want, lambda t: re.sub(r' \(\d{4}\)$', '', t) == want, words.search, lambda t: want in t)  # exactly, but for the year, as whole words, anywhere
+    fits = next((found for way in ways if (found := [k for k, t in enumerate(titles) if way(t)])), [])
     if len(fits) == 1: return shelf.ids[fits[0]]
     if fits: raise ImecdError(f"{short(text)} fits {len(fits)} titles: {'; '.join(f'{short(shelf.titles[k+1], 50)} is {short(shelf.ids[k], 30)}' for k in fits[:5])}{'; ...' if len(fits) > 5 else ''}; give more of the title, or the id")
     close = nearest(want, titles) if len(shelf) <= 50_000 and len(want) <= 200 else ''

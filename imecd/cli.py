@@ -21,7 +21,7 @@ from .fitting import configure_preset, feature_space, feature_state
 from .baselines import MODELS, gather_settings, make_model, pairs, parse_value, plot_models, read_config
 from .running import NETWORKS, headline, known_model, note, stored_model, table, train_run, training_folder
 from .tuning import tune as tune_settings
-from .studies import ablations, find_runs, group_runs, plan, report, run_jobs
+from .studies import ablations, as_markdown, find_runs, group_runs, plan, report, run_jobs, seed_table
 from .recommend import answer_lines, open_any, open_run, told_history
 
 # %% auto #0
@@ -216,7 +216,7 @@ def ablate(
     settings = gather_settings({}, set_, None); turned = {k: [parse_value(x) for x in v.split(',')] for k, v in pairs(sweep, '--sweep').items()}
     made = run_jobs(folder, out, plan(ablations(folder, model, features), seeds, turned, settings), jobs, settings,
                     ('--split', split, '--length', str(length), '--device', device, *(['--features', str(features)] if features else [])))
-    if len(groups := group_runs(find_runs(made))) > 1: typer.echo(report(groups, out/'report'))
+    groups = group_runs(find_runs(made)); typer.echo(report(groups, out/'report') if len(groups) > 1 else as_markdown(seed_table(groups)))
 
 # %% ../nbs/15_cli.ipynb #c40f8a1d
 @app.command(epilog='Example: imecd compare runs/rooms --first imecd --out reports/rooms')
@@ -228,7 +228,7 @@ def compare(
     out:Annotated[Path, typer.Option(help='Folder for the tables and figures.')]=Path('report'),
 ):
     "Compare runs: mean and deviation over seeds, paired tests over users, slices."
-    typer.echo(report(group_runs(find_runs(runs), first), out, metric, masked))
+    typer.echo(report(group_runs(find_runs(runs), first), out, metric, masked)); note(f'tables and figures in {out}')
 
 # %% ../nbs/15_cli.ipynb #r3c00002
 @app.command(epilog='Example: imecd recommend runs/imecd --history B001,B002 -k 5; by title: --history "Toy Story" --history Heat --by title')
@@ -272,7 +272,7 @@ def demo(
     said = '\n'.join(f'Test, history {how}, all {load_interactions(data).n_items} items ranked, mean over users\n{table(rows, part)}\n' for how, part in (('kept', 'test'), ('masked', 'test_masked')))
     said += '\nNobody buys a thing twice here. A network learns that, counting cannot; with the history masked nobody needs to.\n'
     with whole(out/'table.txt') as part: part.write_text(said)
-    typer.echo(f'\n{said}\nfigures in {out}/figures and in the run folders beside it')
+    typer.echo(f'\n{said}\nfigures in {out}/figures and in the run folders beside it\nnext: imecd recommend {folders["IMECD"]} --history {",".join(map(str, load_interactions(data).items[ITEM][:3]))}')
 
 # %% ../nbs/15_cli.ipynb #57e0b583
 def explain(

@@ -4,7 +4,7 @@
 
 # %% ../nbs/10a_fitting.ipynb #792f5df2
 from __future__ import annotations
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 import difflib
@@ -80,6 +80,8 @@ def configure_preset(
     "The configurations behind a name; what does not exist is named together with the closest that does."
     kind, preset = find_network(name, networks); own, train = split_settings({**preset, **settings})
     if length is not None: own['length'] = length
+    names = lambda c: {f.name for f in fields(c)}
+    if lost := sorted(own.keys() & names(TrainConfig)-names(kind.config_class)): raise ImecdError(f'{lost[0]} belongs to the training; did you mean train.{lost[0]}?')
     return configure(kind.config_class, {'seed': seed, **own}), configure(TrainConfig, {'seed': seed, **train})
 
 # %% ../nbs/10a_fitting.ipynb #407fe432
@@ -250,5 +252,5 @@ def room_figures(
         often = (data.counts()[1:] >= 10)[:, None] & model.table.present[1:]; columns = [MODALITIES.index(m) for m in model.table.modalities]
         out['lies'] = plot_trust(moe.trust[1:], torch.as_tensor(lies)[:, columns], often, tuple(model.table.modalities))
     if codes is not None: out['codes'] = plot_usage(codes.transpose(0, 1), model.config.codes, streams)
-    if model.cdg is not None: out['path'] = draw_path(model, batch, titles, int(cases.targets[one]))
+    if model.cdg is not None and (model.reader.vq is None or codes is not None): out['path'] = draw_path(model, batch, titles, int(cases.targets[one]))
     return out

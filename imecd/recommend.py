@@ -13,7 +13,7 @@ from .batch import SequenceData
 from .runs import Run, load_run
 from .fitting import load_split, stream_features
 from .baselines import MODELS
-from .running import NETWORKS, available, stored_model
+from .running import NETWORKS, available, known_model, stored_model
 from .asking import Shelf, ask, dense_history, find_title, shelf_of, table_histories
 from .explain import Explanation, clean, explain_history
 from .handover import read_recommender, write_recommender
@@ -70,7 +70,7 @@ class Recommender:
     def load(cls, folder:str|Path, data:Path|None=None, features:Path|None=None, device:str='auto'):
         "The recommender of a run; `data` and `features` where these have moved."
         run, split, source, there = open_run(folder, data, features, device); c = run.config; name = c['model']; about = {'data': {**run.provenance['data'], 'folder': None}, 'metrics': run.metrics, 'seed': c.get('seed')}
-        content = stream_features(source, c['settings']['streams'], there) if name in NETWORKS else available(source, MODELS[name].needs, there)
+        content = stream_features(source, c['settings']['streams'], there) if known_model(name) in NETWORKS else available(source, MODELS[name].needs, there)
         return cls(stored_model(run, split, source, there), shelf_of(split, source, content, about), name)
 
     def recommend(self, history, k:int=10, exclude_seen:bool=False, unknown:str='refuse'):

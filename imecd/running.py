@@ -12,16 +12,16 @@ from .core import ImecdError, free_folder
 from .model import IMECD, PRESETS
 from .processes import is_main
 from .reports import stage
-from .runs import Run, assess, load_tensors, provenance, save_figures, save_run
-from .fitting import Network, feature_space, fit_preset, history_figures, item_titles, load_split, restore, room_figures, stored, stream_features
+from .runs import Run, assess, load_run, load_tensors, provenance, save_run
+from .fitting import Network, feature_space, fit_preset, split_settings, history_figures, item_titles, load_split, restore, room_figures, stored, stream_features
 from .baselines import MODELS, fit_baseline, make_model
 from .sequential import SEQUENTIAL
 from .multimodal import MULTIMODAL
 from .generators import DIFFUSION
 
 # %% auto #0
-__all__ = ['NETWORKS', 'known_model', 'note', 'training_folder', 'may_begin', 'kept_training', 'available', 'train_run',
-           'headline', 'table', 'stored_model']
+__all__ = ['NETWORKS', 'known_model', 'note', 'training_folder', 'may_begin', 'finished', 'kept_training', 'available',
+           'train_run', 'headline', 'table', 'stored_model']
 
 # %% ../nbs/11d_running.ipynb #91be7a50
 NETWORKS = {**{name: Network(IMECD, settings) for name, settings in PRESETS.items()}, **SEQUENTIAL, **MULTIMODAL, **DIFFUSION}
@@ -58,6 +58,19 @@ def may_begin(
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK): raise ImecdError(f'{out} cannot be made, for {above} is no folder that may be written to; give another --out')
     if begun and not resume: raise ImecdError(f'{folder} holds a training that was begun; add --resume to go on with it, or remove it')
     if resume and not begun: note(f'{folder} is not there, so there is nothing to resume; the training starts from the beginning')
+
+# %% ../nbs/11d_running.ipynb #finished
+def finished(
+    out:Path,      # the run that is to come
+    asked:dict,    # of its configuration
+    settings:dict, # of the network
+)->Run|None: # None where there is none
+    "A run that needs nothing more, so that a command that is queued again ends well; that of another command is refused."
+    if not (Path(out)/'config.json').is_file(): return None
+    run = load_run(out); own, train = split_settings(settings); there = {**run.config, **run.config['settings'], **{f'train.{k}': v for k, v in run.config.get('train', {}).items()}}
+    for name, value in {**asked, **own, **{f'train.{k}': v for k, v in train.items()}}.items():
+        if there.get(name) != value: raise ImecdError(f'{out} holds a finished run of another command: {name} was {there.get(name)!r} and is {value!r}; give another --out')
+    note(f'{out} is finished already; nothing is left to train'); return run
 
 # %% ../nbs/11d_running.ipynb #9b014f80
 @contextmanager
@@ -106,14 +119,16 @@ def train_run(
     "Train a model, measure it, write a run; what `imecd train` does."
     if model not in NETWORKS and not is_main(): return None
     if model not in NETWORKS and (begun := training_folder(out)).exists(): raise ImecdError(f'{begun} holds a training that was begun, and {model} is counted in one go; remove it, or give another folder')
+    if resume and (whole := finished(out, {'model': model, 'split': split, 'length': length, 'k_core': k_core, 'seed': seed}, settings or {})): return whole
     may_begin(out, resume)
     started = started or time.time(); data = load_split(folder, split, length, k_core, device); space, manifest = feature_space(folder, features)
-    config, tables, figures, more = {'model': model, 'split': split, 'length': length, 'k_core': k_core, 'seed': seed}, {}, {}, {}
+    config, tables, figures, more = {'model': model, 'split': split, 'length': length, 'k_core': k_core, 'seed': seed}, {}, dict, {}
     with kept_training(out) as training:
         if model in NETWORKS:
             show = {'none': 'lines'}.get(stage(), stage()) if os.environ.get('IMECD_PROGRESS') != 'off' else 'none'
             fitted, chosen, history, read, notes = fit_preset(model, folder, data, settings, features, seed, NETWORKS, training, resume=resume, show=show, trackers=track)
             for text in notes: note(text)
+            if getattr(fitted, 'staged', False) and chosen.epochs <= chosen.warmup: note(f'epochs={chosen.epochs} is all warm-up (train.warmup={chosen.warmup}): codebooks were not placed and diffusion was not trained; give more epochs, or --set train.warmup=0')
             started = min(started, time.time()-60*history.minutes)  # one that was gone on with took longer than this process
             config['train'], tables, manifest = asdict(chosen), {'history': history.table}, {**read.manifest, 'folder': features and str(features.resolve())}
             more = {'training': {'best': history.best, 'epochs': len(history.table), 'minutes': history.minutes, 'processes': int(os.environ.get('WORLD_SIZE', 1))}}
@@ -122,8 +137,7 @@ def train_run(
         else: fitted, trials = fit_baseline(model, data, settings, tune, available(folder, MODELS[model].needs, features)); tables = {} if trials is None else {'trials': trials}
         config['settings'], found = asdict(fitted.config), assess(fitted, data, space)
         origin = provenance(data, folder, started, features={**manifest, 'items': {k: v for k, v in manifest['items'].items() if k != 'ids'}}, **more)
-        run = save_run(out, config, fitted, found, origin, tables)
-    if figures: save_figures(figures(), run.folder/'figures')
+        run = save_run(out, config, fitted, found, origin, tables, figures)
     return run
 
 # %% ../nbs/11d_running.ipynb #0d991bd7

@@ -98,6 +98,7 @@ def save_run(
     found:Assessment,      # what it reached
     origin:dict,           # from `provenance`
     tables:dict|None=None, # name -> table, each written as csv
+    figures=dict,          # makes name -> axis, further figures; drawn while the run is written, so that there is no run without them
 )->Run:
     "Write a run, whole or not at all."
     from safetensors.torch import save_file
@@ -106,7 +107,7 @@ def save_run(
         found.ranks.write_parquet(part/'ranks.parquet')
         save_file({k: v.detach().clone() for k, v in model.tensors().items()}, part/'model.safetensors'); (part/'model.safetensors').chmod(0o644)
         for name, table in {'slices': found.slices, **(tables or {})}.items(): table.write_csv(part/f'{name}.csv')
-        save_figures({'ranks': plot_ranks({p: e.rank for p, e in found.parts.items()}, origin['data']['items']), 'slices': plot_slices(found.slices)}, part/'figures')
+        save_figures({'ranks': plot_ranks({p: e.rank for p, e in found.parts.items()}, origin['data']['items']), 'slices': plot_slices(found.slices), **figures()}, part/'figures')
     return Run(Path(folder), config, found.metrics, found.ranks, origin)
 
 # %% ../nbs/09a_runs.ipynb #f4b0bab7
@@ -125,7 +126,9 @@ def load_run(
 )->Run:
     "Read a run; what is missing or broken is named."
     folder = Path(folder)
-    if not (folder/'config.json').is_file(): raise ImecdError(f'{folder} is not a run folder; `imecd train DATA --out {folder}` makes one')
+    if not (folder/'config.json').is_file():
+        inside, begun = sorted(p.parent for p in folder.glob('*/config.json')), folder.with_name(f'{folder.name}.training')
+        raise ImecdError(f"{folder} is not a run folder; {f'did you mean {inside[0]}?' if inside else f'{begun} holds a training that was stopped: go on with --resume' if begun.exists() else f'`imecd train DATA --out {folder}` makes one'}")
     config, metrics, origin = (load_json(folder/f'{name}.json') for name in ('config', 'metrics', 'provenance'))
     for content, name, keys in ((config, 'config', ('model', 'settings', 'split', 'length', 'k_core')), (origin, 'provenance', ('data', 'code', 'time'))):
         if not isinstance(content, dict) or (missing := [k for k in keys if k not in content]):

@@ -5,6 +5,7 @@
 # %% ../nbs/09b_significance.ipynb #8fd15215
 from __future__ import annotations
 import math
+from textwrap import fill, shorten, wrap
 import numpy as np, polars as pl
 from .core import USER, COLOURS, ImecdError, label, new_axes, rng
 from .metrics import Evaluation, user_means
@@ -133,13 +134,13 @@ def plot_compare(
     ax=None,            # axis to draw on
 ): # the axis
     "The differences with their intervals; those that pass the corrected test are marked."
-    ax = new_axes(ax, figsize=(7, .32*len(found)+1.1))
+    ax = new_axes(ax, figsize=(7, .32*sum(len(wrap(a, 36)) for a in found['against'])+1.1)); ours = shorten(found['model'][0], 36, placeholder=' ...')
     for i, row in enumerate(found.iter_rows(named=True)):
         colour = COLOURS['mark' if row['p_holm'] < .05 else 'context']
         ax.plot([row['low'], row['high']], [i, i], color=colour, lw=2, solid_capstyle='butt'); ax.plot(row['difference'], i, 'o', color=colour)
-    ax.axvline(0, color='black', lw=.8); ax.set_yticks(range(len(found)), found['against'], parse_math=False); ax.invert_yaxis(); ax.margins(y=.15)
-    title = f"{found['model'][0]} against others: red differs from zero after Holm's correction"
-    return label(ax, title, f"difference in {found['metric'][0].upper()} (right of zero: {found['model'][0]} is better)", 'against')
+    ax.axvline(0, color='black', lw=.8); ax.set_yticks(range(len(found)), [fill(a, 36) for a in found['against']], fontsize=8 if found['against'].str.len_chars().max() > 36 else None, parse_math=False); ax.invert_yaxis(); ax.margins(y=.15)
+    title = f"{ours} against others: red differs from zero after Holm's correction"
+    return label(ax, title, f"difference in {found['metric'][0].upper()} (right of zero: {ours} is better)", 'against')
 
 # %% ../nbs/09b_significance.ipynb #1175bf99
 def users_needed(

@@ -8,19 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 import json, os, subprocess, sys, threading, time
+from textwrap import fill, wrap
 import numpy as np, polars as pl
-from .core import USER, COLOURS, CYCLE, MODALITIES, ImecdError, label, new_axes, whole
+from .core import USER, COLOURS, CYCLE, MODALITIES, ImecdError, label, load_json, new_axes, save_json, whole
 from .metrics import user_means
 from .significance import bootstrap, holm, length_of, paired, plot_compare
 from .model import PRESETS
+from .histories import content_hash
 from .runs import Run, load_run, save_figures
-from .fitting import configure_preset
+from .fitting import configure_preset, load_split
 from .baselines import MODELS
 from .running import NETWORKS, available, known_model, note, training_folder
 
 # %% auto #0
-__all__ = ['SHOWN', 'Job', 'plan', 'end_with_parent', 'command', 'run_jobs', 'ablations', 'Group', 'find_runs', 'facts',
-           'group_runs', 'name_of', 'seed_table', 'per_user', 'compare_runs', 'plot_seeds', 'slice_table',
+__all__ = ['SHOWN', 'Job', 'plan', 'end_with_parent', 'command', 'belongs_to', 'run_jobs', 'ablations', 'Group', 'find_runs',
+           'facts', 'group_runs', 'name_of', 'seed_table', 'per_user', 'compare_runs', 'plot_seeds', 'slice_table',
            'as_markdown', 'report']
 
 # %% ../nbs/11f_studies.ipynb #06f2b559
@@ -71,6 +73,17 @@ def command(
     return [sys.executable, '-c', 'from imecd.studies import end_with_parent; end_with_parent(); from imecd.cli import main; main()', 'train', str(folder), '--out', str(out), '--model', job.model, '--seed', str(job.seed),
             *(x for k, v in told.items() for x in ('--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}')), *more, *(['--resume'] if training_folder(out).exists() else [])]
 
+# %% ../nbs/11f_studies.ipynb #belongst
+def belongs_to(
+    out:Path,   # folder of a study
+    asked:dict, # what must be the same for it to go on: data, settings of all networks, further options
+)->None:
+    "What is there must answer the same question: begun with this data and these settings, or refused."
+    file = Path(out)/'study.json'; before = load_json(file) if file.exists() else asked | {'data': next((load_json(p)['data']['hash'][:16] for p in sorted(Path(out).glob('*/provenance.json'))), asked['data'])}
+    for name, value in asked.items():
+        if before.get(name) != value: raise ImecdError(f'{out} holds another study: {name} was {before.get(name)!r} and is {value!r}; give another --out, or the same command as before')
+    if not file.exists(): save_json(asked, file)
+
 # %% ../nbs/11f_studies.ipynb #10ae71c3
 def run_jobs(
     folder:Path,       # a data set
@@ -82,7 +95,7 @@ def run_jobs(
     tell:Callable=note,# gets a line after every run
 )->list[Path]: # the run folders, in the order of the jobs
     "Make what is not there yet."
-    out = Path(out); out.mkdir(parents=True, exist_ok=True); left, children = [j for j in jobs if not (out/j.name/'config.json').is_file()], []; stop = False
+    out = Path(out); out.mkdir(parents=True, exist_ok=True); belongs_to(out, {'data': content_hash(load_split(folder, 'leave_one_out', 50, device='cpu').split.data)[:16], 'settings': settings or {}, 'options': [o for k, o in enumerate(more) if '--device' not in (o, *more[k-1:k])]}); left, children = [j for j in jobs if not (out/j.name/'config.json').is_file()], []; stop = False
     threads = max(1, (os.cpu_count() or 1)//at_once); env = {**os.environ, 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(threads)), 'MPLBACKEND': 'Agg'}
     def one(job):
         if stop: return 'not begun'
@@ -211,11 +224,11 @@ def plot_seeds(
     ax=None,              # axis to draw on
 ): # the axis
     "A point a seed, a bar at the mean."
-    ax = new_axes(ax, figsize=(7, .3*len(groups)+1))
+    ax = new_axes(ax, figsize=(7, .3*sum(len(wrap(g.name, 36)) for g in groups)+1))
     for i, g in enumerate(groups):
         x = [r.metrics['test'][metric] for r in g.runs]
         ax.plot(x, [i]*len(x), 'o', ms=4, alpha=.7, color=CYCLE[0]); ax.plot([np.mean(x)]*2, [i-.3, i+.3], color=COLOURS['mark'], lw=2)
-    ax.set_yticks(range(len(groups)), [g.name for g in groups], parse_math=False); ax.invert_yaxis(); ax.margins(y=.1)
+    ax.set_yticks(range(len(groups)), [fill(g.name, 36) for g in groups], fontsize=8 if any(len(g.name) > 36 for g in groups) else None, parse_math=False); ax.invert_yaxis(); ax.margins(y=.1)
     return label(ax, 'A point a seed, red the mean', f'{metric.upper()} (test, history kept)', '')
 
 # %% ../nbs/11f_studies.ipynb #14beeeb3

@@ -281,6 +281,7 @@ def fit(
     optimiser = torch.optim.Adam(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=data.device.type in ('cpu', 'cuda'))
     mean = running_mean(model, optimiser, c.average*steps)
     if (found := keeper.found(layout(model, optimiser, mean))): (last, best), rows = found, found[0].facts['rows']; put_back(last.tensors, model, optimiser, mean); started -= 60*last.facts['minutes']; del found, last
+    if len(rows) > c.epochs: raise ImecdError(f'{folder} was trained for {len(rows)} epochs already, and epochs={c.epochs}; resume with as many as before or more')
     schedule_lr(optimiser, c, steps, int(max([0, *(state['step'] for state in optimiser.state.values())])))
     follow = start_trackers(trackers if main else (), 'imecd' if folder is None else Path(folder).stem, Path(folder or '.'), asdict(model.config) | asdict(c))
     with own_randomness(data.device), Report(c.epochs, data.n_targets, rows, (show or stage()) if main else 'none', follow) as report:

@@ -164,7 +164,7 @@ def test_a_traceback_on_request(shell):
 
 def test_a_folder_that_cannot_be_written(imecd, shop, tmp_path):
     (tmp_path/'file').touch(); code, _, err = imecd('train', shop, '--model', 'popularity', '--out', tmp_path/'file'/'run')
-    assert code == 2 and 'file: File exists; name another' in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and 'file is no folder that may be written to; give another --out' in err and len(err.strip().splitlines()) == 1
 
 
 def test_a_damaged_run_is_named(run, imecd, tmp_path):

@@ -83,7 +83,7 @@ def test_a_training_goes_on_with_more_or_fewer(trained, tmp_path):
         begun, done = rows(tmp_path/f'by {first}'), rows(tmp_path/f'{name} then'); assert len(done) == 6 and done[:3] == begun
         whole = np.load(trained[0]/('two' if first == 2 else 'alone 0')/f'{first}.0.npz'); now = np.load(tmp_path/f'{name} then'/f'{then}.0.npz')
         same = all(np.array_equal(whole[key], now[key]) for key in whole.files); assert same == (first == then)
-        undisturbed = rows(trained[0]/('two' if first == 2 else 'alone 0')); assert done[3]['loss'] == pytest.approx(undisturbed[3]['loss'], rel=1e-2) and abs(done[-1]['valid ndcg@20']-undisturbed[-1]['valid ndcg@20']) < .1
+        undisturbed = rows(trained[0]/('two' if first == 2 else 'alone 0')); fell = [r['condition'] for r in undisturbed]; assert abs(done[3]['condition']-fell[3]) < .3*(fell[0]-fell[3]), ('begun anew', fell, done[3]['condition']); assert abs(done[-1]['valid ndcg@20']-undisturbed[-1]['valid ndcg@20']) < .1
 
 
 @pytest.mark.parametrize('shard', [False, True])

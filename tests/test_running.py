@@ -72,3 +72,19 @@ def test_a_model_that_only_counts_does_not_touch_a_training(shop, tmp_path):
     for resume in (False, True):
         with pytest.raises(ImecdError, match='popularity is counted in one go'): train_run(shop, tmp_path/'run', 'popularity', {}, resume=resume)
     assert (folder/'last.safetensors').exists()
+
+
+def test_a_finished_run_that_is_resumed_is_finished(shop, tmp_path, imecd):
+    "A queued job that runs again ends well; another one is refused, and so are fewer epochs than were trained."
+    train = lambda *more: imecd('train', shop, '--out', tmp_path/'run', '--set', 'dim=16', '--resume', *more)
+    code, _, err = train('--epochs', 1); assert code == 0 and 'is all warm-up (train.warmup=2)' in err and not (tmp_path/'run/figures/path.png').exists() and (tmp_path/'run/figures/gates.png').exists()
+    before = (tmp_path/'run/model.safetensors').stat().st_mtime_ns; code, out, err = train('--epochs', 1); assert code == 0 and 'is finished already' in err and 'ndcg@10' in out and before == (tmp_path/'run/model.safetensors').stat().st_mtime_ns
+    for more, words in ((('--epochs', 2), 'train.epochs was 1 and is 2'), (('--model', 'sasrec', '--epochs', 1), "model was 'imecd' and is 'sasrec'")): code, _, err = train(*more); assert code and words in err
+
+
+def test_a_place_that_cannot_be_written_is_found_before_training(shop, tmp_path, imecd):
+    (tmp_path/'file').write_text(''); code, _, err = imecd('train', shop, '--out', tmp_path/'file'/'run', '--epochs', 1); assert code and 'no folder that may be written to' in err and 'epoch' not in err.split('written to')[0]
+
+
+def test_a_field_of_the_training_is_named(shop, tmp_path, imecd):
+    code, _, err = imecd('train', shop, '--out', tmp_path/'run', '--set', 'epochs=1'); assert code and 'did you mean train.epochs?' in err

@@ -18,6 +18,7 @@ from imecd.metrics import ndcg
 from imecd.model import PRESETS
 from imecd.runs import load_run
 from imecd.running import NETWORKS, train_run
+from imecd.shop import make_shop
 from imecd.studies import Job, ablations, compare_runs, end_with_parent, find_runs, group_runs, per_user, plan, run_jobs, seed_table, slice_table
 from imecd.tuning import SPACE, default_trial, space_of, tune
 
@@ -143,3 +144,18 @@ def test_a_child_outlives_nobody(tmp_path):
     while Path(f'/proc/{pid}/stat').exists() and Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z' and time.time() < end: time.sleep(.05)
     assert not Path(f'/proc/{pid}/stat').exists() or Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z'
     assert end_with_parent.__doc__
+
+
+def test_a_study_of_something_else_is_refused(shop, tmp_path, imecd):
+    ask = lambda *more: imecd('ablate', shop, '--out', tmp_path/'s', '--model', 'popularity', '--seeds', 1, *more); code, out, err = ask(); assert code == 0 and '| popularity' in out, err
+    for more, words in ((('--length', 10), 'options was'), (('--set', 'train.epochs=1'), 'settings was {} and is')): code, out, err = ask(*more); assert code and words in err and not out
+    other = make_shop(tmp_path/'other', n_users=60, n_items=50, pictures=False); code, out, err = imecd('ablate', other, '--out', tmp_path/'s', '--model', 'popularity', '--seeds', 1); assert code and 'holds another study: data was' in err and not out
+    (tmp_path/'s'/'study.json').unlink(); code, out, err = imecd('ablate', other, '--out', tmp_path/'s', '--model', 'popularity', '--seeds', 1); assert code and 'data was' in err  # the runs themselves say so too
+
+
+def test_long_names_leave_room_for_the_figure(tmp_path):
+    import matplotlib.pyplot as plt
+
+    from imecd.significance import plot_compare
+    ax = plot_compare(pl.DataFrame([{'model': 'a'*60, 'against': 'transition_knn, decay=0.35, direction=both, pop_norm=0.5, shrinkage=1', 'metric': 'ndcg@10', 'difference': .1, 'low': 0., 'high': .2, 'p_holm': 1.}])); ax.figure.canvas.draw()
+    assert ax.get_position().width > .45; plt.close(ax.figure)
