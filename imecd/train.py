@@ -222,8 +222,7 @@ def belonging(
     "What must be the same for a training to go on; how long it may take may change."
     how = {k: v for k, v in asdict(config).items() if k not in ('patience', 'shard') and (k != 'epochs' or config.lr_end < 1)}
     features = {m: digest(getattr(model.table, f'features_{m}').cpu().numpy())[:16] for m in model.table.modalities}
-    return {'data': content_hash(data.split.data)[:16], 'split': data.split.name, 'length': data.length, 'windows': digest(torch.stack([*map(torch.as_tensor, data.windows)]).numpy())[:16],
-            'features': features, 'model': asdict(model.config), 'training': how}
+    return {'data': content_hash(data.split.data)[:16], 'split': data.split.name, 'length': data.length, 'windows': digest(torch.stack([*map(torch.as_tensor, data.windows)]).numpy())[:16], 'features': features, 'model': asdict(model.config), 'training': how}
 
 # %% ../nbs/10_train.ipynb #4f8d0ea2
 class Best(NamedTuple):
@@ -281,7 +280,6 @@ def fit(
     optimiser = torch.optim.Adam(model.parameters(), c.lr, weight_decay=c.weight_decay, fused=data.device.type in ('cpu', 'cuda'))
     mean = running_mean(model, optimiser, c.average*steps)
     if (found := keeper.found(layout(model, optimiser, mean))): (last, best), rows = found, found[0].facts['rows']; put_back(last.tensors, model, optimiser, mean); started -= 60*last.facts['minutes']; del found, last
-    if len(rows) > c.epochs: raise ImecdError(f'{folder} was trained for {len(rows)} epochs already, and epochs={c.epochs}; resume with as many as before or more')
     schedule_lr(optimiser, c, steps, int(max([0, *(state['step'] for state in optimiser.state.values())])))
     follow = start_trackers(trackers if main else (), 'imecd' if folder is None else Path(folder).stem, Path(folder or '.'), asdict(model.config) | asdict(c))
     with own_randomness(data.device), Report(c.epochs, data.n_targets, rows, (show or stage()) if main else 'none', follow) as report:
@@ -301,7 +299,7 @@ def fit(
                 if row[name] > best.value: best = best._replace(state=None); best = Best(row[name], epoch, {k: v.clone() for k, v in model.state_dict().items()})
             model.cache = None  # all items, made for validation, are not kept beside what comes next
             rows.append(row); report.tell(row, best.epoch); keeper.keep(rows, snapshot(model, optimiser, mean), best, (time.time()-started)/60)
-    if best.epoch >= len(rows): raise ImecdError(f'{folder}: best.safetensors is of epoch {best.epoch}, last.safetensors ends before it, because a training was killed between the two; resume with epochs={best.epoch+1} or more')
+    if len(rows) > c.epochs or best.epoch >= len(rows): raise ImecdError(f'{folder} was trained for {len(rows)} epochs already; resume with as many or more, epochs is {c.epochs}' if len(rows) > c.epochs else f'{folder}: best.safetensors is of epoch {best.epoch}, last.safetensors ends before it, because a training was killed between the two; resume with epochs={best.epoch+1} or more')
     model.load_state_dict(best.state); processes.finish(); model.eval(); kept = [s for s in STREAMS if f'perplexity {s}' in rows[best.epoch]]
     warn_collapse([{'perplexity': rows[best.epoch][f'perplexity {s}']} for s in kept], model.config.codes, kept)
     return History(rows, best.epoch, (time.time()-started)/60)

@@ -218,3 +218,9 @@ def test_the_better_of_a_torn_pair_stands(tmp_path, monkeypatch):
 def test_a_training_that_diverges_in_its_last_step_says_so(tmp_path):
     data, features = many.made()
     with pytest.raises(ImecdError, match=r'epoch 0, validation after its last batch: .*NaN.*lower lr \(now 1e\+30\)'): fit(IMECD.of(configure(ModelConfig, many.SMALL), data, features), data, TrainConfig(epochs=1, targets=10**6, lr=1e30), show='none')
+
+
+def test_fewer_epochs_than_were_trained_are_refused(tmp_path):
+    data, features = many.made(); make = lambda: IMECD.of(configure(ModelConfig, many.SMALL), data, features); fit(make(), data, TrainConfig(epochs=3, targets=64), folder=tmp_path, show='none'); before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ImecdError, match='was trained for 3 epochs already; resume with as many or more, epochs is 2'): fit(make(), data, TrainConfig(epochs=2, targets=64), folder=tmp_path, resume=True, show='none')
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
