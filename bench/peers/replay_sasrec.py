@@ -6,27 +6,18 @@ import warnings
 
 import numpy as np
 import torch
+from left_padded import rows
 from replay.data import FeatureHint, FeatureType
 from replay.data.nn import TensorFeatureInfo, TensorSchema
 from replay.nn.sequential import SasRec
 
 warnings.simplefilter('ignore')
-d = np.load(sys.argv[1]); events, offsets, train, N, L = d['events'].astype(np.int64)-1, d['offsets'], d['train'], int(d['n_items']), 50
-
-
-def rows(stops, shift):
-    "The last L events before each stop, padded at the left; and those `shift` later."
-    x, y = np.full((len(stops), L), N), np.full((len(stops), L), N)
-    for r, (a, b) in enumerate(zip(offsets[:-1], stops)):
-        h = events[max(a, b-L-shift):b]
-        if shift: x[r, L-len(h)+1:], y[r, L-len(h)+1:] = h[:-1], h[1:]
-        else: x[r, L-len(h):] = h
-    return torch.as_tensor(x), torch.as_tensor(y)
+d = dict(np.load(sys.argv[1])); train, N, L = d['train'], int(d['n_items']), 50
 
 
 schema = TensorSchema([TensorFeatureInfo('item_id', is_seq=True, feature_type=FeatureType.CATEGORICAL, embedding_dim=64, padding_value=N, cardinality=N, feature_hint=FeatureHint.ITEM_ID)])
 torch.manual_seed(0); model = SasRec.from_params(schema, embedding_dim=64, num_heads=2, num_blocks=2, max_sequence_length=L, dropout=.2, hidden_dim=256); optimiser = torch.optim.Adam(model.parameters(), 1e-3)
-x, y = rows(train, 1); asked = (y != N).sum(1); x, y = x[asked > 0], y[asked > 0]
+x, y = rows(d, train, 1); asked = (y != N).sum(1); x, y = x[asked > 0], y[asked > 0]
 
 
 def step(i):
@@ -37,7 +28,7 @@ speeds = []
 for size in (64, 256):
     model.train(); order = torch.randperm(len(x)).split(size)[:22]; [step(i) for i in order[:2]]
     start = time.perf_counter(); [step(i) for i in order[2:]]; speeds.append(sum(int((y[i] != N).sum()) for i in order[2:])/(time.perf_counter()-start))
-model.eval(); h, _ = rows(train, 0)  # what precedes the validation item
+model.eval(); h, _ = rows(d, train, 0)  # what precedes the validation item
 with torch.no_grad():
     times = []
     for _ in range(6):

@@ -4,22 +4,13 @@ import warnings
 
 import numpy as np
 import torch
+from left_padded import rows
 from replay.data import FeatureHint, FeatureType
 from replay.data.nn import TensorFeatureInfo, TensorSchema
 from replay.nn.sequential import SasRec
 
 warnings.simplefilter('ignore'); torch.manual_seed(int(sys.argv[3]))
-d = np.load(sys.argv[1]); events, offsets, train, N, L = d['events'].astype(np.int64)-1, d['offsets'], d['train'], int(d['n_items']), 50
-
-
-def rows(stops, shift):
-    "The last L events before each stop, padded at the left; and those `shift` later."
-    x, y = np.full((len(stops), L), N), np.full((len(stops), L), N)
-    for r, (a, b) in enumerate(zip(offsets[:-1], stops)):
-        h = events[max(a, b-L-shift):b]
-        if shift: x[r, L-len(h)+1:], y[r, L-len(h)+1:] = h[:-1], h[1:]
-        else: x[r, L-len(h):] = h
-    return torch.as_tensor(x), torch.as_tensor(y)
+d = dict(np.load(sys.argv[1])); train, N, L = d['train'], int(d['n_items']), 50
 
 
 def scores(model, x):
@@ -29,12 +20,12 @@ def scores(model, x):
 
 schema = TensorSchema([TensorFeatureInfo('item_id', is_seq=True, feature_type=FeatureType.CATEGORICAL, embedding_dim=64, padding_value=N, cardinality=N, feature_hint=FeatureHint.ITEM_ID)])
 model = SasRec.from_params(schema, embedding_dim=64, num_heads=2, num_blocks=2, max_sequence_length=L, dropout=.5, hidden_dim=256); optimiser = torch.optim.Adam(model.parameters(), 1e-3)
-x, y = rows(train, 1); asked = (y != N).any(1); x, y = x[asked], y[asked]; before, _ = rows(train, 0); target = torch.as_tensor(events[train]); best, since = 0., 0
+x, y = rows(d, train, 1); asked = (y != N).any(1); x, y = x[asked], y[asked]; before, _ = rows(d, train, 0); target = torch.as_tensor(d['events'].astype(np.int64)[train]-1); best, since = 0., 0
 for epoch in range(200):
     model.train()
     for i in torch.randperm(len(x)).split(128): loss = model({'item_id': x[i]}, x[i] != N, positive_labels=y[i][..., None], target_padding_mask=(y[i] != N)[..., None])['loss']; optimiser.zero_grad(); loss.backward(); optimiser.step()
     s = scores(model, before); rank = 1+(s > s.gather(1, target[:, None])).sum(1); now = float(((rank <= 20)/(rank+1.).log2()).mean())  # NDCG@20 of validation
-    if now > best: best, since, kept, told = now, 0, scores(model, rows(train+1, 0)[0]), epoch
+    if now > best: best, since, kept, told = now, 0, scores(model, rows(d, train+1, 0)[0]), epoch
     else: since += 1
     print(epoch, round(now, 5), file=sys.stderr)
     if since == 10: break
