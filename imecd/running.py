@@ -4,7 +4,7 @@
 
 # %% ../nbs/11d_running.ipynb #08ee5cb2
 from __future__ import annotations
-import difflib, os, shutil, sys, time
+import difflib, os, shutil, sys, tempfile, time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +55,8 @@ def may_begin(
 )->None:
     "Refuse to write over a run, or over a training that was begun."
     free_folder(out); begun = (folder := training_folder(out)).exists(); above = next(p for p in Path(out).absolute().parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK): raise ImecdError(f'{out} cannot be made, for {above} is no folder that may be written to; give another --out')
+    try: tempfile.TemporaryDirectory(dir=above).cleanup()  # tried, for a system says of some folders that they may be written to, and they may not
+    except OSError: raise ImecdError(f'{out} cannot be made, for {above} is no folder that may be written to; give another --out') from None
     if begun and not resume: raise ImecdError(f'{folder} holds a training that was begun; add --resume to go on with it, or remove it')
     if resume and not begun: note(f'{folder} is not there, so there is nothing to resume; the training starts from the beginning')
 
