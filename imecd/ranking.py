@@ -222,8 +222,8 @@ def _top(
     k:int,         # at most N
 )->Tensor: # (R, k) item ids
     "The best items; at equal scores the smaller id first."
-    value, item = scores.topk(k)                                           # (R, k) the values are certain, the items at the last value are not
-    crowd = ((scores >= value[:, -1:]).sum(1, dtype=torch.int32) > k).nonzero()[:, 0]
+    value, item = scores.topk(min(k+1, scores.shape[1])); more, value, item = value[:, k:], value[:, :k], item[:, :k]  # one more than asked tells where the last value is shared
+    crowd = (more == value[:, -1:]).nonzero()[:, 0]                        # the values are certain there, the items at the last value are not
     if len(crowd):
         at = value[crowd] == value[crowd, -1:]                             # (crowd, k) the places to fill anew
         item[crowd] = torch.where(at, _first(scores, crowd, at, value[crowd, -1:]), item[crowd])

@@ -253,11 +253,11 @@ def pack_histories(
     for r, h in enumerate(histories):
         if isinstance(h, (str, Integral)): raise ImecdError(f'history {r} is {h!r}; give a list of histories, each a list of item ids')
         if not len(h): raise ImecdError(f'history {r} is empty; a history needs at least one item')
-        if (bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]):
+        if not (all(type(i) is int for i in h) and 1 <= min(h) and max(h) <= n_items) and (bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]):
             raise ImecdError(f"history {r}: {bad[0]!r} is no item; ids go from 1 to {n_items}, in the order of the data set's items")
-    rows = [torch.as_tensor(h[-length:], dtype=torch.long) for h in histories]; items, n = torch.cat(rows), torch.tensor([len(h) for h in rows])
-    users = torch.zeros(len(rows), dtype=torch.long) if users is None else users  # alone or in company, a history gets one answer
-    return Batch(users, items, torch.full_like(items, PAD), torch.cat([torch.arange(k) for k in n]), torch.cat([n.new_zeros(1), n.cumsum(0)]))
+    items, n = torch.tensor([int(i) for h in histories for i in h[-length:]]), torch.tensor([min(len(h), length) for h in histories]); offsets = torch.cat([n.new_zeros(1), n.cumsum(0)])
+    users = torch.zeros(len(n), dtype=torch.long) if users is None else users  # alone or in company, a history gets one answer
+    return Batch(users, items, torch.full_like(items, PAD), torch.arange(len(items))-torch.repeat_interleave(offsets[:-1], n), offsets)
 
 # %% ../nbs/07b_towers.ipynb #d3b06e4f
 def seen_items(

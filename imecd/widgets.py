@@ -9,7 +9,7 @@ import io
 import numpy as np, polars as pl, torch
 from .core import COLOURS, CYCLE, ITEM, PAD, ImecdError, label, new_axes
 from .features import project
-from .moe import plot_gates
+from .moe import MoEOut, plot_gates
 from .diffusion import sphere
 from .paths import ItemMap, closest, fit_map, ranks_by_step
 from .asking import ask, dense_history, read_rows, table_histories
@@ -32,12 +32,13 @@ class Film:
         self.ax, self.figure = ax, ax.figure; plt.close(self.figure); self.canvas = FigureCanvasAgg(self.figure); self.canvas.draw()
         self.figure.set_layout_engine('none'); self.ground = self.canvas.copy_from_bbox(self.figure.bbox)
 
-    def frame(self, *artists)->bytes: # PNG
-        "The picture with these artists on top; they are gone again with the next one."
+    def frame(self, *artists, lowest:float|None=None)->bytes: # PNG
+        "The picture with these artists on top, cut below `lowest` of the y axis; they are gone again with the next one."
         from PIL import Image
         self.canvas.restore_region(self.ground)
         for a in artists: self.figure.draw_artist(a)
-        out = io.BytesIO(); Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert('RGB').save(out, 'png', compress_level=1); return out.getvalue()
+        pixels = np.asarray(self.canvas.buffer_rgba()); end = len(pixels) if lowest is None else len(pixels)-int(self.ax.transData.transform((0, lowest))[1])
+        out = io.BytesIO(); Image.fromarray(pixels[:end]).convert('RGB').save(out, 'png', compress_level=1); return out.getvalue()
 
 # %% ../nbs/13_widgets.ipynb #a4c9cdf1
 @dataclass(frozen=True)
@@ -89,23 +90,29 @@ def gate_picture(
     rows = ids[-most:]; return plot_gates(moe.gates[rows], moe.trust[rows], [titles[i] for i in rows], names=names, ax=new_axes(figsize=(7, .25*most+.9)))
 
 # %% ../nbs/13_widgets.ipynb #w1dge7f1
-def gate_film(moe, ids:list, titles:list[str], names:tuple)->tuple: # see `gate_picture`: the film, and what moves on it
-    "The strip with its titles drawn once; weights and trust are drawn over it."
-    ax = gate_picture(moe, ids, titles, names); ax.set_title('Darker experts have more weight; the numbers are trust', loc='left'); moving = [*ax.images, *ax.texts]
+def gate_film(names:tuple, experts:int, titles:list[str], most:int=10)->tuple: # of the modalities; of each; (N+1,) clean; rows: the film, and what moves on it
+    "An empty strip with room for the widest title, its axis above it; titles, weights and trust are drawn over it."
+    widest = max(titles, key=lambda t: sum(1+.4*(c.isupper() or c in 'mw')+(c > '\u2e7f') for c in t)); m = len(names)
+    ax = gate_picture(MoEOut(None, None, torch.zeros(most, m, experts), torch.zeros(most, m), None), list(range(most)), [widest]*most, names, most)
+    ax.xaxis.tick_top(); ax.xaxis.set_label_position('top'); ax.spines[['left', 'bottom']].set_visible(False)
+    ax.set_title('Darker experts have more weight; the numbers are trust', loc='left'); moving = [*ax.images, *ax.texts]
     for a in moving: a.set_animated(True)
-    return Film(ax), moving
+    ax.figure.canvas.draw(); ax.figure.set_layout_engine('none'); ax.set_yticks(range(most), ['']*most)      # the room stays, its words go
+    return Film(ax), moving+[ax.text(-.01, i, '', transform=ax.get_yaxis_transform(), ha='right', va='center', fontsize=7, parse_math=False, animated=True) for i in range(most)]
 
 def gate_frame(
     film:Film, moving:list, # from `gate_film`
     moe,      # MoEOut of the table, as it is now
-    ids:list, # the same history
-    most:int=10, # as in `gate_picture`
+    ids:list, # dense, of the history; not empty
+    titles:list[str], # (N+1,) clean
+    most:int=10, # as in `gate_film`
 )->bytes: # PNG
-    "The strip with the weights and the trust of now."
-    gates, trust = moe.gates[ids[-most:]].detach().cpu(), moe.trust[ids[-most:]].detach().cpu(); m = gates.shape[1]
+    "The strip of a history as it is now."
+    rows = ids[-most:]; n, (_, m, experts) = len(rows), moe.gates.shape; gates, trust = torch.zeros(most, m, experts), moe.trust[rows].detach().cpu().T; gates[:n] = moe.gates[rows].detach().cpu()
     for k, image in enumerate(moving[:m]): image.set_data(gates[:, k].numpy()); image.set_clim(0, float(gates.max()))
-    for told, value in zip(moving[m:], trust.T.flatten().tolist()): told.set_text(f'{value:.2f}')
-    return film.frame(*moving)
+    words = [f'{float(trust[k, i]):.2f}' if i < n else '' for k in range(m) for i in range(most)]+[titles[i] for i in rows]+['']*(most-n)
+    for told, value in zip(moving[m:], words, strict=True): told.set_text(value)
+    return film.frame(*moving, lowest=n-.3)
 
 # %% ../nbs/13_widgets.ipynb #a149b663
 def gate_state(
@@ -140,20 +147,24 @@ def explore_gates(
     words = lambda name, hint: w.Text(description=name, placeholder=hint, continuous_update=False); c = {'add': words('add', 'words of a title, Enter'), 'remove': w.Button(description='remove last'), 'place': w.IntSlider(min=1, max=max(len(ids), 1), value=max(len(ids), 1), description='item'),
          'modality': w.ToggleButtons(options=names, description='gets its'), 'other': words('of', 'words of a title; none: nobody')}
     v = {'picture': w.Image(format='png', layout=w.Layout(max_width='100%')), 'list': w.HTML()}
-    drawn = {}
+    strip, quiet, drawn = gate_film(names, r.model.config.experts, short), [], []
     def draw(moe):
-        if drawn.get('ids') == ids and drawn['moe'] is moe: return                                   # nothing of it moved
-        if not ids: drawn.clear(); v['picture'].value = b''; return
-        if drawn.get('ids') != ids: drawn['film'] = gate_film(moe, ids, short, names)                # else the titles stay as they are drawn
-        v['picture'].value = gate_frame(*drawn['film'], moe, ids); drawn.update(ids=list(ids), moe=moe)
+        now = (list(ids), moe)
+        if drawn and drawn[0][0] == ids and drawn[0][1] is moe: return                                # nothing of it moved
+        v['picture'].value = gate_frame(*strip, moe, ids, short) if ids else b''; drawn[:] = [now]
+    def follow(): c['place'].max = max(len(ids), 1); c['place'].value = c['place'].max
+    def still(change): quiet.append(True); change(); quiet.clear()                                    # controls that move by themselves ask for no update
     def update():
-        if c['add'].value:
-            new = said_by(titles, c['add'].value); ids.extend([new] if new else []); c['add'].value = ''; fit() if new else None; return
+        if quiet: return
+        asked = c['add'].value; new = said_by(titles, asked)
+        if asked: still(lambda: setattr(c['add'], 'value', ''))
+        if new: ids.append(new); still(follow)
         item, other, what = ids[c['place'].value-1] if ids else PAD, said_by(titles, c['other'].value), c['modality'].value; items, now, before = gate_state(r, ids, item, what, other, k)
-        told = f'{safe(titles[item], 60)} with the {what} of {safe(titles[other], 60)}:' if item and other else f"no title holds {safe(c['other'].value, 40)}" if c['other'].value else 'the list:'
+        lost = next((t for t, i in ((asked, new), (c['other'].value, other)) if t and not i), None)
+        told = f'no title holds {safe(lost, 40)}' if lost else f'{safe(titles[item], 60)} with the {what} of {safe(titles[other], 60)}:' if item and other else 'the list:'
         draw(items.moe); v['list'].value = f'<p>{told}</p>{list_html(now, before[ITEM].to_list())}'
-    def fit(): c['place'].max = max(len(ids), 1); c['place'].value = max(len(ids), 1); update()
-    c['remove'].on_click(lambda _: (ids.__delitem__(slice(-1, None)), fit())); return assemble(c, v, update, (('add', 'remove'), ('place', 'modality', 'other')))
+    def drop(): del ids[-1:]; still(follow); update()
+    c['remove'].on_click(lambda _: drop()); return assemble(c, v, update, (('add', 'remove'), ('place', 'modality', 'other')))
 
 # %% ../nbs/13_widgets.ipynb #e0dfd899
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ def lab(tmp_path_factory):
             except OSError: assert server.poll() is None, (home/'log').read_text()[-3000:]; time.sleep(.25)
         else: raise AssertionError('JupyterLab did not answer')
         yield url, token
-    finally: server.terminate(); server.wait(30)
+    finally:
+        server.terminate()
+        try: server.wait(30)
+        except subprocess.TimeoutExpired: server.kill(); server.wait()          # a kernel that does not let go is none of the tests' business
 
 
 class Page:
