@@ -15,8 +15,8 @@ import torch
 # %% auto #0
 __all__ = ['USER', 'ITEM', 'TIME', 'ORDER', 'DAY', 'RATING', 'EVENT_COLUMNS', 'PAD', 'MODALITIES', 'STREAMS', 'COLOURS', 'CYCLE',
            'STYLE', 'ImecdError', 'configure', 'set_seed', 'Dropout', 'wide', 'Part', 'digest', 'rng', 'same_rows',
-           'pick_device', 'whole', 'free_folder', 'whole_folder', 'save_json', 'load_json', 'load_array', 'progress',
-           'new_axes', 'label']
+           'launched', 'pick_device', 'whole', 'free_folder', 'whole_folder', 'save_json', 'load_json', 'load_array',
+           'progress', 'new_axes', 'label']
 
 # %% ../nbs/00_core.ipynb #11826dc6
 USER, ITEM, TIME, ORDER, DAY, RATING = 'user', 'item', 'timestamp', 'order', 'day_group', 'rating'
@@ -138,6 +138,15 @@ def same_rows(
     same = all(torch.equal(a, different[b]) for a, b in zip(x.split(2**14), group.split(2**14)))
     return (different, group) if same else x.unique(dim=0, return_inverse=True)
 
+# %% ../nbs/00_core.ipynb #mpi00002
+def launched(
+    what:str,  # RANK, WORLD_SIZE or LOCAL_RANK
+    alone:int, # where no launcher says
+)->int:
+    "What the launcher of this process says: torchrun's name, or that of Intel MPI and MPICH, Open MPI, MVAPICH."
+    mpi = {'RANK': 'PMI_RANK', 'WORLD_SIZE': 'PMI_SIZE', 'LOCAL_RANK': 'MPI_LOCALRANKID'}[what]; tail = what.removeprefix('WORLD_')
+    return int(next((os.environ[n] for n in (what, mpi, f'OMPI_COMM_WORLD_{tail}', f'MV2_COMM_WORLD_{tail}') if n in os.environ), alone))
+
 # %% ../nbs/00_core.ipynb #202bf599
 def pick_device(
     name:str='auto', # `auto`, or what `torch.device` takes: `cpu`, `cuda`, `cuda:1`, `mps`
@@ -146,7 +155,7 @@ def pick_device(
     mps = getattr(torch.backends, 'mps', None)
     has = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': mps is not None and mps.is_available()}
     if name == 'auto': name = next(d for d in ('cuda', 'mps', 'cpu') if has[d])
-    if name == 'cuda' and 'LOCAL_RANK' in os.environ: name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == 'cuda' and (own := launched('LOCAL_RANK', -1)) >= 0: name = f'cuda:{own}'
     kind, _, index = name.partition(':')
     if not has.get(kind) or index and not (kind == 'cuda' and index.isdigit() and int(index) < torch.cuda.device_count()):
         raise ImecdError(f"device {name!r} is not on this machine; use one of auto, {', '.join(d for d in has if has[d])}")

@@ -7,9 +7,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Callable
-import atexit, gc, os, torch
+import atexit, gc, torch
 from torch import Tensor, nn
-from .core import Dropout, ImecdError, rng
+from .core import Dropout, ImecdError, launched, rng
 from .batch import Batch, take_part
 from .model import IMECD, Output
 
@@ -19,7 +19,7 @@ __all__ = ['is_main', 'weave', 'Processes', 'must_see_alike']
 # %% ../nbs/09e_processes.ipynb #a1ccef7a
 def is_main()->bool:
     "Does this process write and print? Alone, it does."
-    return os.environ.get('RANK', '0') == '0'
+    return launched('RANK', 0) == 0
 
 # %% ../nbs/09e_processes.ipynb #1d8a5787
 class _Loss(nn.Module):
@@ -57,7 +57,7 @@ class Processes:
     def __init__(self,
         model:IMECD, # on the device of this process; the same in all
     ):
-        self.model, self.device, self.world, self.rank = model, model.bias.device, int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+        self.model, self.device, self.world, self.rank = model, model.bias.device, launched('WORLD_SIZE', 1), launched('RANK', 0)
         self.net, self.inner, self.phase = None, _Loss(model), None
         if self.world > 1: atexit.register(_leave); self.wrap(True)
 

@@ -8,7 +8,7 @@ import difflib, os, shutil, sys, tempfile, time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from .core import ImecdError, free_folder
+from .core import ImecdError, free_folder, launched
 from .model import IMECD, PRESETS
 from .processes import is_main
 from .reports import stage
@@ -132,7 +132,7 @@ def train_run(
             if getattr(fitted, 'staged', False) and chosen.epochs <= chosen.warmup: note(f'epochs={chosen.epochs} is all warm-up (train.warmup={chosen.warmup}): codebooks were not placed and diffusion was not trained; give more epochs, or --set train.warmup=0')
             started = min(started, time.time()-60*history.minutes)  # one that was gone on with took longer than this process
             config['train'], tables, manifest = asdict(chosen), {'history': history.table}, {**read.manifest, 'folder': features and str(features.resolve())}
-            more = {'training': {'best': history.best, 'epochs': len(history.table), 'minutes': history.minutes, 'processes': int(os.environ.get('WORLD_SIZE', 1))}}
+            more = {'training': {'best': history.best, 'epochs': len(history.table), 'minutes': history.minutes, 'processes': launched('WORLD_SIZE', 1)}}
             figures = lambda: {**history_figures(history, chosen, fitted.config.codes), **room_figures(fitted, data, item_titles(data), lies)}
             if not is_main(): return None
         else: fitted, trials = fit_baseline(model, data, settings, tune, available(folder, MODELS[model].needs, features)); tables = {} if trials is None else {'trials': trials}

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -105,6 +106,16 @@ def test_the_command_under_both_launchers(imecd, shop, tmp_path):
         assert said.count('epoch 0, ') == 1 and not (tmp_path/f'{name}.training').exists(); facts = json.loads((tmp_path/name/'provenance.json').read_text()); assert facts['training']['processes'] == world
     assert imecd('train', shop, '--out', tmp_path/'plain', *small)[0] == 0 and (tmp_path/'plain'/'ranks.parquet').read_bytes() == (tmp_path/'accelerate'/'ranks.parquet').read_bytes()
     code, said = launch(2, command, 'train', shop, '--out', tmp_path/'counted', '--model', 'popularity', launcher=TORCHRUN); assert not code and (tmp_path/'counted'/'metrics.json').exists()
+
+
+def test_the_command_as_mpi_starts_it(shop, tmp_path):
+    "`accelerate launch --mpirun_hostfile` leaves it to MPI to say who is who, in names of its own."
+    small = ['--length', '20', '--epochs', '2', *(x for s in ('dim=16', 'layers=1', 'inner=32', 'codes=4', 'streams=id+text') for x in ('--set', s))]
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1])
+    told = [{**ENV, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': k, 'OMPI_COMM_WORLD_LOCAL_SIZE': '2', 'OMPI_COMM_WORLD_LOCAL_RANK': k} for k in '01']
+    both = [subprocess.Popen([Path(sys.executable).with_name('imecd'), 'train', shop, '--out', tmp_path/'run', *small], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env) for env in told]
+    said = [p.communicate(timeout=300)[1] for p in both]; assert [p.returncode for p in both] == [0, 0], said
+    assert sum(t.count('epoch 0, ') for t in said) == 1 and json.loads((tmp_path/'run'/'provenance.json').read_text())['training']['processes'] == 2
 
 
 def test_processes_that_see_other_files_stop(tmp_path):
