@@ -186,6 +186,28 @@ def test_killed_between_best_and_last(tmp_path):
     with pytest.raises(ImecdError, match=r'best.safetensors is of epoch 3, last.safetensors ends before it.* epochs=4 or more'): fit(make(), data, replace(config, epochs=3), folder=tmp_path/'short', resume=True, show='none')
 
 
+FULL = '''
+import resource, sys
+from pathlib import Path
+from dataclasses import replace
+from test_checkpoints import model_of, opened, RUN
+from imecd.core import ImecdError
+from imecd.train import fit
+data, features = opened(Path(sys.argv[1])); out = Path(sys.argv[2]); resource.setrlimit(resource.RLIMIT_FSIZE, (room := (out/'last.safetensors').stat().st_size//2, room))
+try: fit(model_of(data, features), data, replace(RUN, epochs=4), folder=out, resume=True, show='none')
+except ImecdError as e: print(e)
+'''
+
+
+def test_a_disk_that_takes_half_a_checkpoint(shop, tmp_path):
+    "The system itself stops the writing, half way: the error names the file, the older checkpoint loads, and with room the training ends as if nothing had been."
+    data, features = opened(shop); a, b, kept, two = model_of(data, features), model_of(data, features), tmp_path/'kept', replace(RUN, epochs=2); fit(b, data, two, folder=kept, show='none'); before = (kept/'last.safetensors').read_bytes()
+    said = subprocess.run([sys.executable, '-c', FULL, str(shop), str(kept)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])}); assert said.returncode == 0, said.stderr
+    assert 'safetensors' in said.stdout and 'File too large' in said.stdout and 'what was there before is unharmed' in said.stdout, said.stdout
+    assert (kept/'last.safetensors').read_bytes() == before and load_checkpoint(kept/'last.safetensors').facts['rows'] and not [*kept.glob('.*')]
+    fit(a, data, replace(RUN, epochs=4), folder=tmp_path/'whole', show='none'); fit(b, data, replace(RUN, epochs=4), folder=kept, resume=True, show='none'); assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
 def test_a_disk_that_is_full_at_the_history(tmp_path, monkeypatch):
     data, features = many.made(); write = Path.write_text
     def full(self, *args, **kw):
