@@ -143,9 +143,9 @@ def launched(
     what:str,  # RANK, WORLD_SIZE or LOCAL_RANK
     alone:int, # where no launcher says
 )->int:
-    "What the launcher of this process says: torchrun's name, or that of Intel MPI and MPICH, Open MPI, MVAPICH."
+    "What the launcher says: torchrun's name, or, with a place to meet at (MASTER_ADDR), that of Intel MPI and MPICH, Open MPI, MVAPICH."
     mpi = {'RANK': 'PMI_RANK', 'WORLD_SIZE': 'PMI_SIZE', 'LOCAL_RANK': 'MPI_LOCALRANKID'}[what]; tail = what.removeprefix('WORLD_')
-    return int(next((os.environ[n] for n in (what, mpi, f'OMPI_COMM_WORLD_{tail}', f'MV2_COMM_WORLD_{tail}') if n in os.environ), alone))
+    return int(next((os.environ[n] for n in (what, *(mpi, f'OMPI_COMM_WORLD_{tail}', f'MV2_COMM_WORLD_{tail}')*('MASTER_ADDR' in os.environ)) if n in os.environ), alone))
 
 # %% ../nbs/00_core.ipynb #202bf599
 def pick_device(

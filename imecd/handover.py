@@ -78,6 +78,7 @@ def checked_config(
 )->dict: # of config.json
     "The configuration of a recommender whose files are those that were written."
     c = load_json(folder/'config.json'); bad = lambda why: ImecdError(f'{folder} {why}; save it again, or copy it whole')
+    if (folder/'provenance.json').is_file(): raise ImecdError(f'{folder} is a run; open it by Recommender.load')
     if not isinstance(c, dict) or c.get('kind') != KIND: raise bad(f'is not a folder of {KIND!r}')
     for key, kind in (('model', str), ('settings', dict), ('length', int), ('items', int), ('about', dict), ('files', dict)):
         if not isinstance(c.get(key), kind): raise bad(f'has a config.json without a usable {key!r}')

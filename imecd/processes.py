@@ -7,7 +7,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Callable
-import atexit, gc, torch
+import atexit, gc, os, torch
 from torch import Tensor, nn
 from .core import Dropout, ImecdError, launched, rng
 from .batch import Batch, take_part
@@ -59,7 +59,9 @@ class Processes:
     ):
         self.model, self.device, self.world, self.rank = model, model.bias.device, launched('WORLD_SIZE', 1), launched('RANK', 0)
         self.net, self.inner, self.phase = None, _Loss(model), None
-        if self.world > 1: atexit.register(_leave); self.wrap(True)
+        if self.world > 1:
+            for name, x in (('RANK', self.rank), ('WORLD_SIZE', self.world), ('LOCAL_RANK', launched('LOCAL_RANK', self.rank))): os.environ.setdefault(name, str(x))  # in torchrun's names, the only ones that Accelerate heeds on GPUs
+            atexit.register(_leave); self.wrap(True)
 
     def wrap(self, warmup:bool)->None:
         "Ready for a phase of the training."

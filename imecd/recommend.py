@@ -90,6 +90,7 @@ class Recommender:
     @classmethod
     def from_pretrained(cls, name:str|Path, device:str='cpu', **hub):
         "From a folder, or from the hub."
+        if not Path(name).is_dir() and (str(name)[:1] in './~' or str(name).count('/') > 1): raise ImecdError(f'there is no folder {name}; save_pretrained makes one')
         return cls(*read_recommender(name, None, device)) if Path(name).is_dir() else hub_class().from_pretrained(name, device=device, **hub).inner
 
 # %% ../nbs/12_recommend.ipynb #76385ddf

@@ -226,7 +226,7 @@ def plot_seeds(
     "A point a seed, a bar at the mean."
     ax = new_axes(ax, figsize=(7, .3*sum(len(wrap(g.name, 36)) for g in groups)+1))
     for i, g in enumerate(groups):
-        x = [r.metrics['test'][metric] for r in g.runs]
+        x = [float(per_user(Group(g.name, [r]), metric, False)['value'].mean()) for r in g.runs]
         ax.plot(x, [i]*len(x), 'o', ms=4, alpha=.7, color=CYCLE[0]); ax.plot([np.mean(x)]*2, [i-.3, i+.3], color=COLOURS['mark'], lw=2)
     ax.set_yticks(range(len(groups)), [fill(g.name, 36) for g in groups], fontsize=8 if any(len(g.name) > 36 for g in groups) else None, parse_math=False); ax.invert_yaxis(); ax.margins(y=.1)
     return label(ax, 'A point a seed, red the mean', f'{metric.upper()} (test, history kept)', '')

@@ -87,18 +87,22 @@ def gate_picture(
     most:int=10,      # items shown, the last ones
 ): # the axis
     "The strip of a history: experts and trust of its last items."
-    rows = ids[-most:]; return plot_gates(moe.gates[rows], moe.trust[rows], [titles[i] for i in rows], names=names, ax=new_axes(figsize=(7, .25*most+.9)))
+    rows = ids[-most:]; ax = plot_gates(moe.gates[rows], moe.trust[rows], [titles[i] for i in rows], names=names, ax=new_axes(figsize=(7, .25*most+.9)))
+    ax.xaxis.tick_top(); ax.xaxis.set_label_position('top'); ax.spines[['left', 'bottom']].set_visible(False); return ax
 
 # %% ../nbs/13_widgets.ipynb #w1dge7f1
-def gate_film(names:tuple, experts:int, titles:list[str], most:int=10)->tuple: # of the modalities; of each; (N+1,) clean; rows: the film, and what moves on it
-    "An empty strip with room for the widest title, its axis above it; titles, weights and trust are drawn over it."
-    widest = max(titles, key=lambda t: sum(1+.4*(c.isupper() or c in 'mw')+(c > '\u2e7f') for c in t)); m = len(names)
-    ax = gate_picture(MoEOut(None, None, torch.zeros(most, m, experts), torch.zeros(most, m), None), list(range(most)), [widest]*most, names, most)
-    ax.xaxis.tick_top(); ax.xaxis.set_label_position('top'); ax.spines[['left', 'bottom']].set_visible(False)
+def gate_film(names:tuple, experts:int, most:int=10)->tuple: # of the modalities; of each; rows: the film, and what moves on it
+    "An empty strip with room for titles; titles, weights and trust are drawn over it."
+    m = len(names); ax = gate_picture(MoEOut(None, None, torch.zeros(most, m, experts), torch.zeros(most, m), None), list(range(most)), ['n'*32]*most, names, most)
     ax.set_title('Darker experts have more weight; the numbers are trust', loc='left'); moving = [*ax.images, *ax.texts]
     for a in moving: a.set_animated(True)
     ax.figure.canvas.draw(); ax.figure.set_layout_engine('none'); ax.set_yticks(range(most), ['']*most)      # the room stays, its words go
     return Film(ax), moving+[ax.text(-.01, i, '', transform=ax.get_yaxis_transform(), ha='right', va='center', fontsize=7, parse_math=False, animated=True) for i in range(most)]
+
+def _fit(told, words:str, film:Film)->None: # told: an artist that ends where it stands
+    "Write as much of the words as there is room for."
+    told.set_text(words)
+    while len(words) > 2 and told.get_window_extent(film.canvas.get_renderer()).x0 < 1: words = words[:-2].rstrip(' .\u2026')+'\u2026'; told.set_text(words)
 
 def gate_frame(
     film:Film, moving:list, # from `gate_film`
@@ -111,7 +115,7 @@ def gate_frame(
     rows = ids[-most:]; n, (_, m, experts) = len(rows), moe.gates.shape; gates, trust = torch.zeros(most, m, experts), moe.trust[rows].detach().cpu().T; gates[:n] = moe.gates[rows].detach().cpu()
     for k, image in enumerate(moving[:m]): image.set_data(gates[:, k].numpy()); image.set_clim(0, float(gates.max()))
     words = [f'{float(trust[k, i]):.2f}' if i < n else '' for k in range(m) for i in range(most)]+[titles[i] for i in rows]+['']*(most-n)
-    for told, value in zip(moving[m:], words, strict=True): told.set_text(value)
+    for told, value in zip(moving[m:], words, strict=True): _fit(told, value, film)
     return film.frame(*moving, lowest=n-.3)
 
 # %% ../nbs/13_widgets.ipynb #a149b663
@@ -147,21 +151,24 @@ def explore_gates(
     words = lambda name, hint: w.Text(description=name, placeholder=hint, continuous_update=False); c = {'add': words('add', 'words of a title, Enter'), 'remove': w.Button(description='remove last'), 'place': w.IntSlider(min=1, max=max(len(ids), 1), value=max(len(ids), 1), description='item'),
          'modality': w.ToggleButtons(options=names, description='gets its'), 'other': words('of', 'words of a title; none: nobody')}
     v = {'picture': w.Image(format='png', layout=w.Layout(max_width='100%')), 'list': w.HTML()}
-    strip, quiet, drawn = gate_film(names, r.model.config.experts, short), [], []
+    strip, quiet, drawn = gate_film(names, r.model.config.experts), [], []
     def draw(moe):
-        now = (list(ids), moe)
-        if drawn and drawn[0][0] == ids and drawn[0][1] is moe: return                                # nothing of it moved
-        v['picture'].value = gate_frame(*strip, moe, ids, short) if ids else b''; drawn[:] = [now]
+        rows = ids[max(0, min(c['place'].value-1, len(ids)-10)):][:10]                               # the last ten, or ten from the item that is turned
+        if drawn and drawn[0] == rows and drawn[1] is moe: return                                    # nothing of it moved
+        v['picture'].value = gate_frame(*strip, moe, rows, short) if rows else b''; drawn[:] = [rows, moe]
     def follow(): c['place'].max = max(len(ids), 1); c['place'].value = c['place'].max
-    def still(change): quiet.append(True); change(); quiet.clear()                                    # controls that move by themselves ask for no update
+    def still(change):
+        quiet.append(True)
+        try: change()
+        finally: quiet.clear()                                                                       # what moves by itself asks for no update
     def update():
         if quiet: return
-        asked = c['add'].value; new = said_by(titles, asked)
-        if asked: still(lambda: setattr(c['add'], 'value', ''))
+        asked, whose = c['add'].value.strip(), c['other'].value.strip(); new = said_by(titles, asked)
+        if c['add'].value: still(lambda: setattr(c['add'], 'value', ''))
         if new: ids.append(new); still(follow)
-        item, other, what = ids[c['place'].value-1] if ids else PAD, said_by(titles, c['other'].value), c['modality'].value; items, now, before = gate_state(r, ids, item, what, other, k)
-        lost = next((t for t, i in ((asked, new), (c['other'].value, other)) if t and not i), None)
-        told = f'no title holds {safe(lost, 40)}' if lost else f'{safe(titles[item], 60)} with the {what} of {safe(titles[other], 60)}:' if item and other else 'the list:'
+        item, other, what = ids[c['place'].value-1] if ids else PAD, said_by(titles, whose), c['modality'].value; items, now, before = gate_state(r, ids, item, what, other, k)
+        lost = ''.join(f'no title holds {safe(t, 40)}; ' for t, i in ((asked, new), (whose, other)) if t and not i)
+        told = lost+(f'{safe(titles[item], 60)} with the {what} of {safe(titles[other], 60)}:' if item and other else 'the list:' if ids else 'nothing is known, so this is what is bought most:')
         draw(items.moe); v['list'].value = f'<p>{told}</p>{list_html(now, before[ITEM].to_list())}'
     def drop(): del ids[-1:]; still(follow); update()
     c['remove'].on_click(lambda _: drop()); return assemble(c, v, update, (('add', 'remove'), ('place', 'modality', 'other')))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from imecd.batch import take_part
-from imecd.core import Dropout, Part, pick_device
+from imecd.core import Dropout, Part, launched, pick_device
 from imecd.model import PRESETS
 from imecd.processes import Processes, is_main, weave
 from imecd.shards import can_share
@@ -108,13 +108,25 @@ def test_the_command_under_both_launchers(imecd, shop, tmp_path):
     code, said = launch(2, command, 'train', shop, '--out', tmp_path/'counted', '--model', 'popularity', launcher=TORCHRUN); assert not code and (tmp_path/'counted'/'metrics.json').exists()
 
 
+@pytest.mark.parametrize('names', ['RANK WORLD_SIZE LOCAL_RANK', 'PMI_RANK PMI_SIZE MPI_LOCALRANKID', 'OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK', 'MV2_COMM_WORLD_RANK MV2_COMM_WORLD_SIZE MV2_COMM_WORLD_LOCAL_RANK'])
+@pytest.mark.parametrize('meet', [False, True])
+def test_what_launchers_say(names, meet, monkeypatch):
+    "MPI's names count where there is a place to meet at; a farm of seeds under Slurm has none."
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', *names.split()): monkeypatch.delenv(name, raising=False)
+    for name, value in zip(names.split(), '352'): monkeypatch.setenv(name, value)
+    if meet: monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    heard = meet or names.startswith('RANK'); assert [launched(what, -1) for what in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')] == ([3, 5, 2] if heard else [-1]*3) and is_main() != heard
+
+
 def test_the_command_as_mpi_starts_it(shop, tmp_path):
     "`accelerate launch --mpirun_hostfile` leaves it to MPI to say who is who, in names of its own."
     small = ['--length', '20', '--epochs', '2', *(x for s in ('dim=16', 'layers=1', 'inner=32', 'codes=4', 'streams=id+text') for x in ('--set', s))]
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1])
     told = [{**ENV, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': k, 'OMPI_COMM_WORLD_LOCAL_SIZE': '2', 'OMPI_COMM_WORLD_LOCAL_RANK': k} for k in '01']
     both = [subprocess.Popen([Path(sys.executable).with_name('imecd'), 'train', shop, '--out', tmp_path/'run', *small], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env) for env in told]
-    said = [p.communicate(timeout=300)[1] for p in both]; assert [p.returncode for p in both] == [0, 0], said
+    try: said = [p.communicate(timeout=300)[1] for p in both]
+    finally: [p.kill() for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
     assert sum(t.count('epoch 0, ') for t in said) == 1 and json.loads((tmp_path/'run'/'provenance.json').read_text())['training']['processes'] == 2
 
 
