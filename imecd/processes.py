@@ -51,6 +51,11 @@ def _leave()->None:
     gc.collect()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
+def _join(rank:int, world:int)->None: # as `launched` says
+    "Say who this is in torchrun's names, the only ones that Accelerate heeds on GPUs, and leave in time."
+    for name, x in (('RANK', rank), ('WORLD_SIZE', world), ('LOCAL_RANK', launched('LOCAL_RANK', rank))): os.environ.setdefault(name, str(x))
+    atexit.register(_leave)
+
 # %% ../nbs/09e_processes.ipynb #1ebf006c
 class Processes:
     "What the processes of a training say to each other; one alone says nothing."
@@ -59,9 +64,7 @@ class Processes:
     ):
         self.model, self.device, self.world, self.rank = model, model.bias.device, launched('WORLD_SIZE', 1), launched('RANK', 0)
         self.net, self.inner, self.phase = None, _Loss(model), None
-        if self.world > 1:
-            for name, x in (('RANK', self.rank), ('WORLD_SIZE', self.world), ('LOCAL_RANK', launched('LOCAL_RANK', self.rank))): os.environ.setdefault(name, str(x))  # in torchrun's names, the only ones that Accelerate heeds on GPUs
-            atexit.register(_leave); self.wrap(True)
+        if self.world > 1: _join(self.rank, self.world); self.wrap(True)
 
     def wrap(self, warmup:bool)->None:
         "Ready for a phase of the training."
