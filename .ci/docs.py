@@ -70,11 +70,13 @@ def readme_text():
 
 
 def ready(nb):
-    "A processed notebook as a page shows it: what cells print for the page is prose, and every picture says what it shows."
+    "A processed notebook as a page shows it: what cells print for the page is prose, code that is not to be echoed is left out, and every picture says what it shows."
     for cell in nb.cells:
         as_text(cell)
+        if told(cell, 'echo') == 'false': cell.metadata['transient'] = {'remove_source': True}  # nbconvert's word for it
         for o in cell.get('outputs', ()):
             if 'image/png' in o.get('data', {}) and (alt := told(cell, 'fig-alt') or o.metadata.get('image/png', {}).get('alt')): o.metadata['image/png'] = {'alt': alt}
+        if cell.cell_type == 'code': cell.source = re.sub(r'^#\| .*\n?', '', cell.source, flags=re.M)  # Quarto's own notes to itself
     return nb
 
 

@@ -74,6 +74,14 @@ def test_pages_run_nothing_and_read_as_text(soup):
         assert not re.search(r'\\(frac|mathrm|sum|text|bar|hat)\b|\$\$', prose.get_text()), f'{name}: an equation is shown as it is written'
 
 
+def test_pages_show_the_code_that_they_should(soup):
+    "A cell that asks not to be echoed shows what it drew alone, and no page shows what is meant for Quarto."
+    quiet = [c.source for c in nbformat.read(NBS/'index.ipynb', 4).cells if '#| echo: false' in c.source]; assert len(quiet) >= 4
+    shown = {name: '\n'.join(pre.get_text() for pre in page.select('main pre')) for name, page in soup.items()}
+    for source in quiet: assert re.sub(r'^#\| .*\n', '', source, flags=re.M).strip() not in shown['index.html'], source
+    assert not [name for name, text in shown.items() if re.search(r'^#\| ', text, flags=re.M)] and len(soup['index.html'].select('main img')) >= 4
+
+
 def test_api_says_its_shapes_and_its_source(soup):
     "Parameters with what they are, and a link to the line."
     page = soup['train.html']; told = page.find(id='fit').find_next('pre').get_text(); assert page.select('a[href*="/blob/"][href*="imecd/train.py#L"]')
