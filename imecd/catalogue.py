@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from .core import PAD, ImecdError
 
 # %% auto #0
-__all__ = ['strip_rows', 'mean_catalogue_loss']
+__all__ = ['ROWS', 'strip_rows', 'aligned', 'mean_catalogue_loss']
 
 # %% ../nbs/07c_catalogue.ipynb #cfea25e3
 def strip_rows(
@@ -20,6 +20,17 @@ def strip_rows(
     "Rows that are scored at once: scores of about 8 MB on a processor, 1 GB elsewhere."
     return max(64, (2**21 if kind == 'cpu' else 2**28)//max(n, 1))
 
+# %% ../nbs/07c_catalogue.ipynb #7e3291f4
+ROWS = 8  # numbers; rows that start at multiples of it are written fast
+
+def aligned(
+    rows:int,    # of the table
+    width:int,   # of each
+    like:Tensor, # for type and device
+)->Tensor: # (rows, width), not filled
+    "Room for a matrix product, with rows that start where they are written fast."
+    return like.new_empty(rows, -(-width//ROWS)*ROWS)[:, :width]
+
 # %% ../nbs/07c_catalogue.ipynb #b4f63010
 class _CatalogueLoss(torch.autograd.Function):
     "The mean cross-entropy, with its gradients made in the forward pass."
@@ -27,10 +38,10 @@ class _CatalogueLoss(torch.autograd.Function):
     def forward(ctx, q, z, y, bias, seen, again, count, strip):
         kind = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
         full = torch.promote_types(q.dtype, torch.float32); dq, dz, a, v = q.new_zeros(q.shape, dtype=full), z.new_zeros(z.shape, dtype=full), q.to(kind), z.to(kind)
-        loss, da, rows = dq.new_zeros(()), dq.new_zeros(()), torch.arange(len(q), device=q.device)
+        loss, da, rows, room = dq.new_zeros(()), dq.new_zeros(()), torch.arange(len(q), device=q.device), aligned(min(strip, len(q)), len(z), a)
         with torch.autocast(q.device.type, enabled=False):
             for k in range(0, len(q), strip):
-                x, t, r = a[k:k+strip], y[k:k+strip], rows[:len(a[k:k+strip])]; s = (x@v.T).to(full)            # (strip, N+1)
+                x, t, r = a[k:k+strip], y[k:k+strip], rows[:len(a[k:k+strip])]; s = torch.mm(x, v.T, out=room[:len(x)]).to(full)  # (strip, N+1)
                 own = s[r, t]
                 if seen is not None: have = (seen[k:k+strip] != PAD).nonzero(as_tuple=True); there = have[0], seen[k+have[0], have[1]]; kept = s[there]
                 if bias is not None: s += bias

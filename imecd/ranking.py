@@ -8,10 +8,11 @@ from typing import NamedTuple
 import numpy as np, torch
 from torch import Tensor
 from .core import PAD, COLOURS, ImecdError, label, new_axes, same_rows
+from .catalogue import aligned
 
 # %% auto #0
-__all__ = ['STRIP', 'plot_conventions', 'history_pairs', 'Ranks', 'ranks', 'plot_rank', 'Distinct', 'distinct', 'rank_dot',
-           'best', 'both_lists']
+__all__ = ['STRIP', 'plot_conventions', 'history_pairs', 'Ranks', 'ranks', 'plot_rank', 'Distinct', 'distinct', 'block_size',
+           'rank_dot', 'best', 'both_lists']
 
 # %% ../nbs/08a_ranking.ipynb #101440fc
 def plot_conventions(
@@ -144,17 +145,25 @@ def distinct(
     _refuse_nan(items[1:].mT, 'item vectors', item=lambda row: f'{row+1}')
     vectors, group = same_rows(items[1:]); return Distinct(vectors, group, torch.bincount(group, minlength=len(vectors)).int())
 
+# %% ../nbs/08a_ranking.ipynb #1c2b5e65
+def block_size(
+    n:int,    # scores in a row
+    kind:str, # of the device
+)->int:
+    "Scores that are looked at together: on a processor about 16 MB, so that they are still in its cache when they are compared, and at least 64 rows; never more than 256 MB."
+    return 2**26 if kind != 'cpu' else min(2**26, max(2**22, 64*n))
+
 # %% ../nbs/08a_ranking.ipynb #427de5a0
 def _tiles(
     q:Tensor,       # (r, D) some queries
     vectors:Tensor, # (V, D)
     width:int,      # vectors in a tile
-    buffer:Tensor,  # at least r * width numbers, used again and again
+    room:Tensor,    # (at least r, width), used again and again
 ): # first vector and scores (r, width) of each tile
     "Scores of a few queries, a tile at a time."
     for a in range(0, len(vectors), width):
         part = vectors[a:a+width]
-        yield a, torch.mm(q, part.mT, out=buffer[:len(q)*len(part)].view(len(q), len(part)))
+        yield a, torch.mm(q, part.mT, out=room[:len(q), :len(part)])
 
 # %% ../nbs/08a_ranking.ipynb #4d3ac796
 def _rank_rows(
@@ -187,19 +196,19 @@ def rank_dot(
     items:Tensor,     # (N+1, D) row = item; row 0 is ignored
     targets:Tensor,   # (R,) dense item ids
     seen:tuple[Tensor, Tensor]|None=None, # histories: items (K,), offsets (R+1,)
-    budget:int=2**26, # scores alive at one time
+    budget:int|None=None, # scores alive at one time, None for what suits the device
     name:str='model', # of the model, for messages
 )->Ranks:
     "Rank by dot product, a block of scores at a time; items with equal vectors tie exactly."
     d, n, targets = distinct(items), len(items)-1, targets.to(queries.device).long()
     own = d.group[_inside(targets, 1, n, 'target of row')-1]
     rows, history = history_pairs(seen, targets, n) if seen is not None else targets.new_zeros(2, 0)
-    width = min(len(d.vectors), budget); step = max(1, min(len(queries), budget//width))
-    buffer, parts = queries.new_empty(step*width), []
+    budget = budget or block_size(len(d.vectors), queries.device.type); width = min(len(d.vectors), budget); step = max(1, min(len(queries), budget//width))
+    room, parts = aligned(step, width, queries), []
     for a in range(0, len(queries), step):
         lo, hi = torch.searchsorted(rows, torch.tensor([a, a+step], device=rows.device)).tolist()
         refuse = lambda block, c: _refuse_nan(block, name, a, lambda j: int((d.group == c+j).nonzero()[0, 0])+1)
-        tiles = lambda: _tiles(queries[a:a+step], d.vectors, width, buffer)
+        tiles = lambda: _tiles(queries[a:a+step], d.vectors, width, room)
         parts.append(_rank_rows(tiles, d, width, own[a:a+step], rows[lo:hi]-a, d.group[history[lo:hi]-1], refuse))
     return Ranks(*map(torch.cat, zip(*parts)))
 
@@ -216,13 +225,25 @@ def _first(
     w = min(w, n); back = torch.arange(w, 0, -1, dtype=torch.int32, device=scores.device)
     return (w - ((scores[rows, :w] == bars)*back).topk(k).values.long()).gather(1, (wanted-1).clamp(min=0))
 
+# %% ../nbs/08a_ranking.ipynb #bf6d72c2
+def _largest(
+    scores:Tensor, # (R, N)
+    k:int,         # at most N
+)->tuple[Tensor, Tensor]: # (R, k) values, largest first; (R, k) their columns
+    "`topk`; long rows on a processor are folded into eight first, and only k columns of the fold are looked at."
+    if (g := scores.shape[1]//8) < 8*k or scores.device.type != 'cpu': return scores.topk(k)
+    parts, rest = scores[:, :8*g].unflatten(1, (8, g)), scores[:, 8*g:]    # (R, 8, g), (R, up to 7)
+    at = parts.amax(1).topk(k).indices; some = torch.cat([parts.gather(2, at[:, None].expand(-1, 8, -1)).flatten(1), rest], 1)  # (R, 8k + up to 7)
+    value, place = some.topk(k); column = (at.repeat(1, 8)+torch.arange(0, 8*g, g).repeat_interleave(k)).gather(1, place.clamp(max=8*k-1))
+    return value, torch.where(place < 8*k, column, 8*g+place-8*k)
+
 # %% ../nbs/08a_ranking.ipynb #0818af99
 def _top(
     scores:Tensor, # (R, N) signed numbers
     k:int,         # at most N
 )->Tensor: # (R, k) item ids
     "The best items; at equal scores the smaller id first."
-    value, item = scores.topk(min(k+1, scores.shape[1])); more, value, item = value[:, k:], value[:, :k], item[:, :k]  # one more than asked tells where the last value is shared
+    value, item = _largest(scores, min(k+1, scores.shape[1])); more, value, item = value[:, k:], value[:, :k], item[:, :k]  # one more than asked tells where the last value is shared
     crowd = (more == value[:, -1:]).nonzero()[:, 0]                        # the values are certain there, the items at the last value are not
     if len(crowd):
         at = value[crowd] == value[crowd, -1:]                             # (crowd, k) the places to fill anew
@@ -239,7 +260,7 @@ def best(
     hide:tuple[Tensor, Tensor]|None=None, # rows and items that must not be listed, sorted by row
 )->Tensor: # (R, k) item ids, PAD where there are no more
     "The lists of the best items, a few rows at a time."
-    n = scores.shape[1]-1; step, out = max(1, STRIP//(n+1)), torch.full((len(scores), k), PAD, device=scores.device)
+    n = scores.shape[1]-1; step, out = max(1, 4*STRIP//(n+1)), torch.full((len(scores), k), PAD, device=scores.device)
     for a in range(0, len(scores), step):
         part = scores[a:a+step, 1:]
         if not part.is_floating_point(): part = part.long()

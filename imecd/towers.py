@@ -253,7 +253,7 @@ def pack_histories(
     for r, h in enumerate(histories):
         if isinstance(h, (str, Integral)): raise ImecdError(f'history {r} is {h!r}; give a list of histories, each a list of item ids')
         if not len(h): raise ImecdError(f'history {r} is empty; a history needs at least one item')
-        if not (all(type(i) is int for i in h) and 1 <= min(h) and max(h) <= n_items) and (bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]):
+        if not (set(map(type, h)) == {int} and 1 <= min(h) and max(h) <= n_items) and (bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]):
             raise ImecdError(f"history {r}: {bad[0]!r} is no item; ids go from 1 to {n_items}, in the order of the data set's items")
     items, n = torch.tensor([int(i) for h in histories for i in h[-length:]]), torch.tensor([min(len(h), length) for h in histories]); offsets = torch.cat([n.new_zeros(1), n.cumsum(0)])
     users = torch.zeros(len(n), dtype=torch.long) if users is None else users  # alone or in company, a history gets one answer

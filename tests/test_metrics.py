@@ -136,6 +136,14 @@ def test_equal_vectors_tie_in_every_shape(n, rows):
     for budget in (1, 3, n, 4*n+1, 2**26): assert torch.equal(rank_dot(q, items, targets, budget=budget).kept, above+1.5)
 
 
+def test_best_of_long_rows_is_that_of_a_stable_sort():
+    "Long rows are folded before they are searched: nothing is lost at the seam, at ties, or among the last few columns."
+    g = torch.Generator().manual_seed(3)
+    for n in (705, 2000, 2001, 2007):
+        for rows in (torch.randn(30, n+1, generator=g), torch.randint(0, 40, (30, n+1), generator=g), torch.arange(n+1.).expand(2, -1), torch.zeros(2, n+1)):
+            assert torch.equal(best(rows, 10), rows[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, :10]+1), n
+
+
 def test_rank_dot_equals_ranks_whatever_the_budget():
     g = torch.Generator().manual_seed(5); queries, items = torch.randint(-2, 3, (37, 3), generator=g).float(), torch.randint(-2, 3, (61, 3), generator=g).float()
     targets, sizes = torch.randint(1, 61, (37,), generator=g), torch.randint(0, 30, (37,), generator=g)
