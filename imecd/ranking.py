@@ -38,11 +38,11 @@ def _count(
 )->tuple[Tensor, Tensor]: # (R,), (R,) int64
     "How many items score above the bar of their row, and how many exactly at it."
     above, least = torch.zeros(2, len(scores), dtype=torch.int64, device=scores.device)
-    step = max(1, STRIP//max(1, len(scores)))
+    step = max(1, STRIP//max(1, len(scores))); room = torch.empty(len(scores), min(step, scores.shape[1]), device=scores.device)  # float32 holds these counts exactly, and adds them fastest
     for a in range(0, scores.shape[1], step):
-        strip = scores[:, a:a+step]                                        # (R, step)
-        for total, hit in ((above, strip > bars), (least, strip >= bars)):
-            total += (hit if sizes is None else hit*sizes[a:a+step]).sum(1, dtype=torch.int32)
+        strip = scores[:, a:a+step]; hit = room[:, :strip.shape[1]]        # (R, step)
+        for total, compare in ((above, torch.gt), (least, torch.ge)):
+            compare(strip, bars, out=hit); total += (hit if sizes is None else hit*sizes[a:a+step]).sum(1).long()
     return above, least-above
 
 # %% ../nbs/08a_ranking.ipynb #62d7a3a7
