@@ -15,6 +15,7 @@ import venv
 from pathlib import Path
 
 import numpy as np
+from floor import BF16
 
 from imecd.histories import leave_one_out, load_interactions
 
@@ -42,7 +43,7 @@ def measure(name, folder):
     split = leave_one_out(load_interactions(DATA/name)); data = split.data
     np.savez(folder/'events.npz', events=data.events, offsets=data.offsets, train=split.train, n_items=data.n_items)
     found = {'our SASRec': ask(sys.executable, 'ours.py', folder, DATA/name, 'sasrec'), 'our IMECD': ask(sys.executable, 'ours.py', folder, DATA/name, 'imecd'),
-             'our IMECD, bfloat16': ask(sys.executable, 'ours.py', folder, DATA/name, 'imecd', 'bf16'),
+             **({'our IMECD, bfloat16': ask(sys.executable, 'ours.py', folder, DATA/name, 'imecd', 'bf16')} if BF16 else {}),
              "RePlay's SASRec": ask(python('replay'), 'replay_sasrec.py', folder, folder/'events.npz'), "RecBole's SASRec": ask(python('recbole'), 'recbole_sasrec.py', folder, folder/'events.npz', folder)}
     base = found["RecBole's SASRec"]
     over = {'training_over_RecBole': 'targets_per_second', 'floor_of_training_over_RecBole': 'targets_per_second_of_products', 'ranking_over_RecBole': 'users_per_second', 'floor_of_ranking_over_RecBole': 'users_per_second_of_products'}
