@@ -14,7 +14,7 @@ from .core import DAY, ITEM, ORDER, PAD, TIME, USER, ImecdError, digest
 from .files import look, nearest, read_table, short
 from .features import Features
 from .batch import Batch, SequenceData
-from .ranking import best, block_size
+from .ranking import best, block_rows
 from .content import find_pictures
 from .towers import pack_histories
 
@@ -128,11 +128,12 @@ def top_items(
 )->tuple[Tensor, Tensor]: # (R, k) dense ids, PAD where there are no more; (R, k) scores
     "The best items of each history."
     order, out = sorted(range(len(rows)), key=lambda r: len(rows[r])), []     # neighbours of one length waste no padding
-    n = len(shelf)+1; step = max(1, block_size(n, 'cpu')//n)
+    step = block_rows(len(shelf)+1, 'cpu')
     for a in range(0, len(rows), 512):
         some = [rows[r] for r in order[a:a+512]]; query = model.query(read_rows(model, shelf, some))
         for b in range(0, len(some), step):
-            scores = model.score(query[b:b+step]).to(shelf.counts.device); pairs = [(r, i) for r, h in enumerate(some[b:b+step]) for i in sorted(set(h))] if exclude_seen else None
+            scores = model.score(query[b:b+step]).to(shelf.counts.device)
+            pairs = [(r, i) for r, h in enumerate(some[b:b+step]) for i in sorted(set(h))] if exclude_seen else None
             items = best(scores, k, None if pairs is None else tuple(torch.tensor(pairs).T.contiguous())); out.append((items, scores.gather(1, items)))
     back = torch.tensor(order).argsort(); return tuple(torch.cat(x)[back] for x in zip(*out))
 

@@ -11,7 +11,7 @@ import numpy as np, polars as pl, torch
 from torch import Tensor
 from .core import COLOURS, CYCLE, ImecdError, configure, label, new_axes, progress, rng, same_rows
 from .batch import Batch, Cases, SequenceData
-from .ranking import block_size, ranks
+from .ranking import block_rows, ranks
 from .metrics import summary
 
 # %% auto #0
@@ -174,7 +174,7 @@ def quick_ranks(
     budget:int|None=None, # scores alive at one time, None for what suits the device
 )->Tensor: # (Q,) 1 is best, history kept
     "Ranks without lists, for searches."
-    n = data.n_items+1; query, step = model.query(data.history(cases)), max(1, (budget or block_size(n, data.device.type))//n)
+    query, step = model.query(data.history(cases)), block_rows(data.n_items+1, data.device.type, budget)
     return torch.cat([ranks(model.score(query[a:a+step]), cases.targets[a:a+step]).kept for a in range(0, len(cases.users), step)])
 
 # %% ../nbs/11_baselines.ipynb #06675989

@@ -11,7 +11,7 @@ import numpy as np, torch
 from torch import Tensor
 from .core import PAD, USER, COLOURS, CYCLE, ImecdError, label, new_axes, progress, polars as pl
 from .batch import Cases, SequenceData
-from .ranking import STRIP, block_size, both_lists, history_pairs, ranks
+from .ranking import STRIP, block_rows, both_lists, history_pairs, ranks
 
 # %% auto #0
 __all__ = ['KS', 'MRR_KS', 'LENGTHS', 'hr', 'ndcg', 'mrr', 'plot_discount', 'mean', 'summary', 'exposure', 'coverage', 'gini',
@@ -203,7 +203,7 @@ def evaluate(
 )->Evaluation:
     "Ask a model every question."
     if not len(cases.users): raise ImecdError('no question to ask: nobody has a target in this split')
-    n = data.n_items+1; parts, step, order = [], max(1, (budget or 2*block_size(n, data.device.type))//(2*n)), data.by_length(cases); back = order.argsort()
+    n = data.n_items+1; parts, step, order = [], block_rows(2*n if budget else n, data.device.type, budget), data.by_length(cases); back = order.argsort()
     with at_rest(model):
         for rows in progress(order.split(batch_size), 'evaluating', 'batch'):
             query = model.query(data.history(cases, rows))

@@ -11,7 +11,7 @@ from .core import PAD, COLOURS, ImecdError, label, new_axes, same_rows
 from .catalogue import aligned
 
 # %% auto #0
-__all__ = ['STRIP', 'plot_conventions', 'history_pairs', 'Ranks', 'ranks', 'plot_rank', 'Distinct', 'distinct', 'block_size',
+__all__ = ['STRIP', 'plot_conventions', 'history_pairs', 'Ranks', 'ranks', 'plot_rank', 'Distinct', 'distinct', 'block_rows',
            'rank_dot', 'best', 'both_lists']
 
 # %% ../nbs/08a_ranking.ipynb #101440fc
@@ -38,7 +38,7 @@ def _count(
 )->tuple[Tensor, Tensor]: # (R,), (R,) int64
     "How many items score above the bar of their row, and how many exactly at it."
     above, least = torch.zeros(2, len(scores), dtype=torch.int64, device=scores.device)
-    step = max(1, STRIP//max(1, len(scores))); room = torch.empty(len(scores), min(step, scores.shape[1]), device=scores.device)  # float32 holds these counts exactly, and adds them fastest
+    step = max(1, STRIP//max(1, len(scores))); room = torch.empty(len(scores), min(step, scores.shape[1]), dtype=torch.float32, device=scores.device)
     for a in range(0, scores.shape[1], step):
         strip = scores[:, a:a+step]; hit = room[:, :strip.shape[1]]        # (R, step)
         for total, compare in ((above, torch.gt), (least, torch.ge)):
@@ -146,12 +146,13 @@ def distinct(
     vectors, group = same_rows(items[1:]); return Distinct(vectors, group, torch.bincount(group, minlength=len(vectors)).int())
 
 # %% ../nbs/08a_ranking.ipynb #1c2b5e65
-def block_size(
+def block_rows(
     n:int,    # scores in a row
     kind:str, # of the device
+    budget:int|None=None, # scores alive at one time, None for what suits the device
 )->int:
-    "Scores that are looked at together: on a processor about 16 MB, so that they are still in its cache when they are compared, and at least 64 rows; never more than 256 MB."
-    return 2**26 if kind != 'cpu' else min(2**26, max(2**22, 64*n))
+    "Rows of scores that are looked at together, at least one: on a processor about 16 MB, which its cache still holds when they are compared, but 64 rows; never more than 256 MB unless one row is."
+    return max(1, (budget or (2**26 if kind != 'cpu' else min(2**26, max(2**22, 64*n))))//n)
 
 # %% ../nbs/08a_ranking.ipynb #427de5a0
 def _tiles(
@@ -203,7 +204,7 @@ def rank_dot(
     d, n, targets = distinct(items), len(items)-1, targets.to(queries.device).long()
     own = d.group[_inside(targets, 1, n, 'target of row')-1]
     rows, history = history_pairs(seen, targets, n) if seen is not None else targets.new_zeros(2, 0)
-    budget = budget or block_size(len(d.vectors), queries.device.type); width = min(len(d.vectors), budget); step = max(1, min(len(queries), budget//width))
+    width = min(len(d.vectors), budget or 2**26); step = max(1, min(len(queries), block_rows(width, queries.device.type, budget)))
     room, parts = aligned(step, width, queries), []
     for a in range(0, len(queries), step):
         lo, hi = torch.searchsorted(rows, torch.tensor([a, a+step], device=rows.device)).tolist()

@@ -17,7 +17,7 @@ from .batch import Batch, Cases, SequenceData
 from .vq import health, warn_collapse
 from .candidates import step_bytes
 from .model import IMECD
-from .ranking import block_size, ranks
+from .ranking import block_rows, ranks
 from .metrics import at_rest, ndcg
 from .checkpoints import Checkpoint, clear_parts, layout, load_checkpoint, must_agree, own_rows, put_back, save_checkpoint, snapshot, stored_state
 from .processes import Processes, is_main, must_see_alike
@@ -66,7 +66,7 @@ def validate(
     processes:Processes|None=None, # that share the questions
 )->tuple[Tensor, Tensor|None]: # ranks (Q,), 1 is best, history kept; codes (Q, S) or (Q, S, levels) of the last states, None without codes
     "Ranks of the targets and codes of the histories, dropout off; histories of like length are read together."
-    order, step = data.by_length(cases), max(1, block_size(n := data.n_items+1, data.device.type)//n); back = order.argsort()
+    order, step = data.by_length(cases), block_rows(data.n_items+1, data.device.type); back = order.argsort()
     def ask(order):
         found, codes = [], []
         for rows in order.split(batch_size):
