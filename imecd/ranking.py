@@ -151,8 +151,8 @@ def block_rows(
     kind:str, # of the device
     budget:int|None=None, # scores alive at one time, None for what suits the device
 )->int:
-    "Rows of scores that are looked at together, at least one: on a processor about 16 MB, which its cache still holds when they are compared, but 64 rows; never more than 256 MB unless one row is."
-    return max(1, (budget or (2**26 if kind != 'cpu' else min(2**26, max(2**22, 64*n))))//n)
+    "Rows of scores that are looked at together, at least one: on a processor about 16 MB, which its cache still holds when they are compared, but 64 rows; never more than 128 MB unless one row is."
+    return max(1, (budget or (2**25 if kind != 'cpu' else min(2**25, max(2**22, 64*n))))//n)
 
 # %% ../nbs/08a_ranking.ipynb #427de5a0
 def _tiles(
@@ -204,7 +204,7 @@ def rank_dot(
     d, n, targets = distinct(items), len(items)-1, targets.to(queries.device).long()
     own = d.group[_inside(targets, 1, n, 'target of row')-1]
     rows, history = history_pairs(seen, targets, n) if seen is not None else targets.new_zeros(2, 0)
-    width = min(len(d.vectors), budget or 2**26); step = max(1, min(len(queries), block_rows(width, queries.device.type, budget)))
+    width = min(len(d.vectors), budget or 2**25); step = max(1, min(len(queries), block_rows(width, queries.device.type, budget)))
     room, parts = aligned(step, width, queries), []
     for a in range(0, len(queries), step):
         lo, hi = torch.searchsorted(rows, torch.tensor([a, a+step], device=rows.device)).tolist()
