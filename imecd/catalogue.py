@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from .core import PAD, ImecdError
 
 # %% auto #0
-__all__ = ['ROWS', 'strip_rows', 'aligned', 'mean_catalogue_loss']
+__all__ = ['ROWS', 'strip_rows', 'aligned', 'products', 'mean_catalogue_loss']
 
 # %% ../nbs/07c_catalogue.ipynb #cfea25e3
 def strip_rows(
@@ -30,6 +30,14 @@ def aligned(
 )->Tensor: # (rows, width), not filled
     "Room for a matrix product, with rows that start where they are written fast."
     return like.new_empty(rows, -(-width//ROWS)*ROWS)[:, :width]
+
+# %% ../nbs/07c_catalogue.ipynb #5d0c7a13
+def products(
+    q:Tensor, # (R, D)
+    z:Tensor, # (N+1, D)
+)->Tensor: # (R, N+1)
+    "Scores in aligned rows; the plain product where a gradient or autocast is asked for, which cannot be told where to write."
+    return q@z.T if torch.is_grad_enabled() or torch.is_autocast_enabled(q.device.type) else torch.mm(q, z.T, out=aligned(len(q), len(z), q))
 
 # %% ../nbs/07c_catalogue.ipynb #b4f63010
 class _CatalogueLoss(torch.autograd.Function):

@@ -14,9 +14,9 @@ import torch
 
 # %% auto #0
 __all__ = ['USER', 'ITEM', 'TIME', 'ORDER', 'DAY', 'RATING', 'EVENT_COLUMNS', 'PAD', 'MODALITIES', 'STREAMS', 'COLOURS', 'CYCLE',
-           'STYLE', 'ImecdError', 'configure', 'set_seed', 'Dropout', 'wide', 'Part', 'digest', 'rng', 'same_rows',
-           'launched', 'pick_device', 'whole', 'free_folder', 'whole_folder', 'save_json', 'load_json', 'load_array',
-           'progress', 'new_axes', 'label']
+           'STYLE', 'ImecdError', 'configure', 'set_seed', 'Dropout', 'wide', 'Part', 'digest', 'rng', 'twins',
+           'same_rows', 'launched', 'pick_device', 'whole', 'free_folder', 'whole_folder', 'save_json', 'load_json',
+           'load_array', 'progress', 'new_axes', 'label']
 
 # %% ../nbs/00_core.ipynb #11826dc6
 USER, ITEM, TIME, ORDER, DAY, RATING = 'user', 'item', 'timestamp', 'order', 'day_group', 'rating'
@@ -127,16 +127,25 @@ def rng(
     return np.random.default_rng(int(digest(*key)[:16], 16))
 
 # %% ../nbs/00_core.ipynb #8169d09d
-def same_rows(
+def twins(
     x:torch.Tensor, # (N, D) floating point
-)->tuple[torch.Tensor, torch.Tensor]: # (V, D) each different row once; (N,) which of them each row is
+)->tuple[torch.Tensor, torch.Tensor]: # (T,) rows that equal one before them, in order; (T,) the first row that each equals
     "Find equal rows, exactly."
     bits, odd = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()], torch.as_tensor(2*rng('same rows').integers(2**62, size=x.shape[1])+1, device=x.device)
-    group = torch.cat([((part+0.).view(bits)*odd).sum(1) for part in x.split(2**14)]).unique(return_inverse=True)[1]; every = torch.arange(len(x), device=x.device)
-    if len(x) == 0 or int(group.max())+1 == len(x): return x, every
-    different = x[torch.full((int(group.max())+1,), len(x), device=x.device).scatter_reduce(0, group, every, 'amin')]
-    same = all(torch.equal(a, different[b]) for a, b in zip(x.split(2**14), group.split(2**14)))
-    return (different, group) if same else x.unique(dim=0, return_inverse=True)
+    every = torch.arange(len(x), device=x.device)
+    def repeated(group): first = torch.full_like(every, len(x)).scatter_reduce(0, group, every, 'amin')[group]; later = (first != every).nonzero()[:, 0]; return later, first[later]
+    found = repeated(torch.cat([((part+0.).view(bits)*odd).sum(1) for part in x.split(2**14)]).unique(return_inverse=True)[1])
+    same = all(torch.equal(x[a], x[b]) for a, b in zip(*(rows.split(2**14) for rows in found)))
+    return found if same else repeated(x.unique(dim=0, return_inverse=True)[1])
+
+def same_rows(
+    x:torch.Tensor, # (N, D) floating point
+)->tuple[torch.Tensor, torch.Tensor]: # (V, D) each different row once, in order, `x` itself where all differ; (N,) which of them each row is
+    "Each different row once."
+    later, first = twins(x); group = torch.arange(len(x), device=x.device)
+    if not len(later): return x, group
+    own = torch.ones_like(group, dtype=torch.bool).index_fill_(0, later, False); group = own.cumsum(0)-1; group[later] = group[first]
+    return x[own], group
 
 # %% ../nbs/00_core.ipynb #mpi00002
 def launched(

@@ -10,13 +10,12 @@ from pathlib import Path
 import base64, html, io, unicodedata
 import polars as pl, torch
 from torch import Tensor
-from .core import COLOURS, ITEM, STYLE, ImecdError, label, new_axes
+from .core import COLOURS, ITEM, STYLE, ImecdError, label, new_axes, twins
 from .moe import MoEOut
 from .content import read_picture
 from .diffusion import sphere
 from .paths import plot_trajectory
 from .towers import Items, unit
-from .model import to_score
 from .asking import Shelf, ask, read_rows
 
 # %% auto #0
@@ -192,7 +191,7 @@ def instead(
 ):
     "Let a model answer with another item table for a while."
     model.remember(); kept = model.cache
-    try: model.cache = kept[0], to_score(items); yield model
+    try: model.cache = kept[0], (items, *twins(items.vectors)); yield model
     finally: model.cache = kept
 
 # %% ../nbs/11h_explain.ipynb #6d9051d4

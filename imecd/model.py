@@ -6,21 +6,20 @@
 from __future__ import annotations
 import dataclasses, math, torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from .core import PAD, STREAMS, ImecdError, Part, same_rows, wide
+from .core import PAD, STREAMS, ImecdError, Part, twins, wide
 from .features import Features
 from .batch import Batch, SequenceData, Turn, take_part
 from .moe import FIXED, GATES
 from .vq import VQOut
 from .diffusion import CONTRASTS, SCHEDULES, CDGOut, ContrastiveDiffusion, contrastive_loss, information_limit
 from .towers import HistoryConfig, ItemConfig, Items, ItemTower, Stored, UserTower, any_tied, pack_histories, seen_items, unit
-from .catalogue import ROWS, mean_catalogue_loss
+from .catalogue import mean_catalogue_loss, products
 from .votes import last_votes, mix_votes
 from .candidates import chances, draw_candidates, step_bytes
 
 # %% auto #0
 __all__ = ['CHOICES', 'LEAST', 'PRESETS', 'AnswerConfig', 'StepConfig', 'ModelConfig', 'check', 'Output', 'Query', 'is_sampled',
-           'never_asked', 'to_score', 'Scorer', 'Generator', 'IMECD']
+           'never_asked', 'Scorer', 'Generator', 'IMECD']
 
 # %% ../nbs/08_model.ipynb #98044475
 @dataclasses.dataclass(frozen=True)
@@ -161,13 +160,6 @@ def never_asked(
     "Items that are no wrong answers, because they are never a right one."
     return counts == 0 if c.mask_cold and counts.any() else torch.zeros_like(counts, dtype=torch.bool)
 
-# %% ../nbs/08_model.ipynb #1a793950
-def to_score(
-    items:Items, # all of them
-)->tuple[Items, Tensor, Tensor|None]: # items; the V different vectors, and rows of zeros up to a multiple of `ROWS`; (N+1,) which of them each item has, None where all differ
-    "What ranking needs of an item table: equal vectors are scored once, so that they tie."
-    v, group = same_rows(items.vectors); return items, F.pad(v, (0, 0, 0, -len(v)%ROWS)), None if len(v) == len(items.vectors) else group
-
 # %% ../nbs/08_model.ipynb #73c00c23
 class Scorer(Stored):
     "Items, reader and the one score that training and ranking share."
@@ -197,11 +189,11 @@ class Scorer(Stored):
         return self.remember()[0]
 
     @torch.no_grad()
-    def remember(self)->tuple[Items, Tensor, Tensor|None]:  # see `to_score`
+    def remember(self)->tuple[Items, Tensor, Tensor]:  # items; (T,) those whose vector an earlier one has; (T,) the first that has it
         "What ranking needs of the items; computed once for an unchanged model, mode and precision."
         d = self.bias.device; kind = torch.get_autocast_dtype(d.type) if torch.is_autocast_enabled(d.type) else None
         key = (id(self), self.training, d, kind, *(x._version for x in (*self.table.parameters(), *self.table.buffers())))
-        if self.cache is None or self.cache[0] != key: self.cache = key, to_score(self.table.everything())
+        if self.cache is None or self.cache[0] != key: items = self.table.everything(); self.cache = key, (items, *twins(items.vectors))
         return self.cache[1]
 
     def score(self, query:Query)->Tensor:  # (R, N+1)
@@ -209,7 +201,8 @@ class Scorer(Stored):
         return self.one_score(query.vectors, query.seen) if query.weights is None else mix_votes(lambda r: self.one_score(query.vectors[:, r], query.seen), query.weights)
 
     def one_score(self, q:Tensor, seen:Tensor)->Tensor:  # (R, D_x), (R, L) -> (R, N+1)
-        _, different, group = self.remember(); s = wide(q@different.T); s = s[:, :self.n_items+1] if group is None else s[:, group]; s[:, PAD] = -torch.inf
+        items, later, first = self.remember(); s = wide(products(q, items.vectors))
+        s.scatter_(1, later.expand(len(s), -1), s.gather(1, first.expand(len(s), -1))); s[:, PAD] = -torch.inf
         if self.again is None: return s
         r, k = (seen != PAD).nonzero(as_tuple=True)
         return s.index_put_((r, seen[r, k]), self.repeat.expand(len(r)), accumulate=True)

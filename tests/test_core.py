@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from imecd import core
-from imecd.core import same_rows, wide
+from imecd.core import same_rows, twins, wide
 
 
 @settings(max_examples=60, deadline=None)
@@ -13,6 +13,9 @@ def test_same_rows_are_those_that_sorting_finds(n, kinds, width, dtype, seed):
     g = torch.Generator().manual_seed(seed); x = torch.randn(kinds, width, generator=g).to(dtype)[torch.randint(0, kinds, (n,), generator=g)]
     v, group = same_rows(x); w, other = x.unique(dim=0, return_inverse=True)
     assert torch.equal(v[group], x) and len(v) == len(w) and torch.equal(group[:, None] == group, other[:, None] == other)
+    seen, wanted = {}, []
+    for i, k in enumerate(other.tolist()): wanted += [(i, seen[k])] if k in seen else []; seen.setdefault(k, i)
+    assert [*zip(*(t.tolist() for t in twins(x)))] == wanted and torch.equal(v, x[[*seen.values()]])
 
 
 def test_signs_of_zero_are_no_difference(): v, group = same_rows(torch.tensor([[0., 1.], [-0., 1.], [0., -1.]])); assert group[0] == group[1] != group[2] and len(v) == 2
