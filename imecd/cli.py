@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_cli.ipynb #44890e66
 from __future__ import annotations
-import json, shutil, sys, time, warnings
+import importlib.metadata as installed, json, shutil, sys, time, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import numpy as np, typer
@@ -14,6 +14,7 @@ from .interactions import plot_lengths, plot_long_tail, read_events, read_items
 from .prepare import convert as convert_events, find_source
 from .amazon import fetch_amazon, read_meta
 from .shop import load_truth, make_shop
+from .content import text_fields
 from .encode import encode_folder
 from .cache import make_cache
 from .runs import assess, save_figures
@@ -33,6 +34,13 @@ app = typer.Typer(help='Multimodal sequential recommendation: data, features, tr
                   no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']})
 data_app = typer.Typer(help='Make, convert and check data sets.', no_args_is_help=True)
 app.add_typer(data_app, name='data')
+
+# %% ../nbs/15_cli.ipynb #5f0a1e77
+def _version(asked:bool)->None:
+    if asked: typer.echo(f"imecd {installed.version('imecd')}"); raise typer.Exit()
+
+@app.callback()
+def _start(version:Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Say which version this is.')]=False): pass
 
 # %% ../nbs/15_cli.ipynb #8bb9d9f1
 Json = Annotated[bool, typer.Option('--json', help='Print one JSON object.')]
@@ -58,9 +66,9 @@ def check(
 ):
     "Read a data set, say what it holds, or what is wrong with it."
     data = load_interactions(folder, k_core); found = statistics(data) | feature_state(folder, data.n_items)
-    if figures:
-        axes = {'long_tail': plot_long_tail(np.bincount(data.events, minlength=data.n_items+1)[1:]), 'lengths': plot_lengths(data.lengths)}
-        save_figures({**axes, **({} if data.ties is None else {'ties': plot_ties(last_tie_sizes(data))})}, figures)
+    if not found['text'] and (read := text_fields(data.items)): found['text'] = f"{', '.join(read)} of items.parquet"
+    axes = lambda: {'long_tail': plot_long_tail(np.bincount(data.events, minlength=data.n_items+1)[1:]), 'lengths': plot_lengths(data.lengths), **({} if data.ties is None else {'ties': plot_ties(last_tie_sizes(data))})}
+    if figures: save_figures(axes(), figures)
     show(found, as_json)
 
 # %% ../nbs/15_cli.ipynb #61e57149
@@ -74,8 +82,7 @@ def shop(
 ):
     "Make the generated shop."
     start = time.time(); make_shop(out, n_users=users, n_items=items, seed=seed, pictures=pictures)
-    data = load_interactions(out)
-    typer.echo(f'{out}: {data.n_users:,} users, {data.n_items:,} items, {len(data.events):,} events, {time.time()-start:.1f} s')
+    data = load_interactions(out); typer.echo(f'{out}: {data.n_users:,} users, {data.n_items:,} items, {len(data.events):,} events, {time.time()-start:.1f} s')
 
 # %% ../nbs/15_cli.ipynb #ef0d4c9a
 @data_app.command('cache', epilog='Example: imecd data cache shop shop_cache')
@@ -160,14 +167,13 @@ def train(
     as_json:Json=False,
 ):
     "Train a model, measure it, write a run."
-    started = time.time(); set_seed(seed)
-    told = read_config(config) if config else {}
+    started, told = time.time(), read_config(config) if config else {}; set_seed(seed)
     model, split, length = (a if a is not None else told.get(k, d) for k, a, d in (('model', model, 'imecd'), ('split', split, 'leave_one_out'), ('length', length, None)))
     settings = gather_settings(told, set_, epochs)
     if known_model(model) in NETWORKS: length = configure_preset(model, settings, length, seed, NETWORKS)[0].length
     else: make_model(model, settings)
     run = train_run(folder, out, model, settings, split, length or 50, k_core, tune, seed, device, started, features, resume=resume, track=track or ())
-    if run is not None: show(run.metrics if as_json else headline(run.metrics), as_json)
+    if run is not None: show(run.metrics if as_json else headline(run.metrics), as_json); note(f'the run is in {out}')
 
 # %% ../nbs/15_cli.ipynb #9b8f9da5
 @app.command('eval', epilog='Example: imecd eval runs/knn --json')
@@ -195,8 +201,8 @@ def tune(
     as_json:Json=False,
 ):
     "Search the settings of a network on validation; trials.csv and best.toml in the folder."
-    found = tune_settings(folder, out, known_model(model), trials, gather_settings({}, set_, None), split, length, k_core, seed, device, features)
-    best = found.filter(state='complete').sort('value', descending=True, maintain_order=True).head(1).to_dicts()
+    settings = gather_settings({}, set_, None); found = tune_settings(folder, out, known_model(model), trials, settings, split, length, k_core, seed, device, features)
+    best = found.filter(state='complete').sort('value', descending=True, maintain_order=True).rename({'value': f'valid ndcg@{configure_preset(model, settings, networks=NETWORKS)[1].metric_k}'}).head(1).to_dicts()
     show({k: v for k, v in (best or [{}])[0].items() if k not in ('state', 'error')} | {'trials': len(found)}, as_json)
 
 # %% ../nbs/15_cli.ipynb #3b9d7c52
@@ -269,8 +275,7 @@ def demo(
         typer.echo(f'{title} ...'); rows[title] = train_run(data, folders[title], model, settings | ({'train.epochs': epochs} if model in NETWORKS else {}), seed=seed, lies=lies).metrics
     check(data, figures=out/'figures')
     save_figures({'models': plot_models({k: v['test'] for k, v in rows.items()})}, out/'figures')
-    said = '\n'.join(f'Test, history {how}, all {load_interactions(data).n_items} items ranked, mean over users\n{table(rows, part)}\n' for how, part in (('kept', 'test'), ('masked', 'test_masked')))
-    said += '\nNobody buys a thing twice here. A network learns that, counting cannot; with the history masked nobody needs to.\n'
+    said = '\n'.join(f'Test, history {how}, all {load_interactions(data).n_items} items ranked, mean over users\n{table(rows, part)}\n' for how, part in (('kept', 'test'), ('masked', 'test_masked'))) + '\nNobody buys a thing twice here. A network learns that, counting cannot; with the history masked nobody needs to.\n'
     with whole(out/'table.txt') as part: part.write_text(said)
     typer.echo(f'\n{said}\nfigures in {out}/figures and in the run folders beside it\nnext: imecd recommend {folders["IMECD"]} --history {",".join(map(str, load_interactions(data).items[ITEM][:3]))}')
 

@@ -186,9 +186,10 @@ def names_of(
 def nearest(
     name:str, # what was asked for
     names,    # what there is
-)->str:
+    alike:float=0, # how alike it must be, from 0 to 1
+)->str: # empty where nothing is
     "The nearest name, for a message."
-    return next(iter(difflib.get_close_matches(str(name), list(names), 1, 0)), '')
+    return next(iter(difflib.get_close_matches(str(name), list(names), 1, alike)), '')
 
 # %% ../nbs/00a_files.ipynb #df8bc5a6
 ROW = '__row'

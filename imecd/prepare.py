@@ -78,6 +78,7 @@ def convert(
         with whole_folder(out) as part:
             report = _write(events, a, known, part)
             if found and items is None and found.name == 'items.parquet': _in_step(found, known, part)
+            if n := len(events.table)-len(a.rows): report['notes'] = [*report['notes'], f'the {k}-core left out {n:,} of {len(events.table):,} events; k=0, or --k-core 0, keeps them']
             report |= {'source': 'events' if path is None else path.name, 'k': k, 'k_core': passes[0].to_dicts()}
             save_json(report, part/'convert.json')
     return report

@@ -92,7 +92,7 @@ def run_jobs(
     at_once:int=1,     # processes
     settings:dict|None=None, # of all networks
     more:tuple=(),     # further options of `imecd train`
-    tell:Callable=note,# gets a line after every run
+    tell:Callable=note,# gets a line before the first and after every run
 )->list[Path]: # the run folders, in the order of the jobs
     "Make what is not there yet."
     out = Path(out); out.mkdir(parents=True, exist_ok=True); belongs_to(out, {'data': content_hash(load_split(folder, 'leave_one_out', 50, device='cpu').split.data)[:16], 'settings': settings or {}, 'options': [o for k, o in enumerate(more) if '--device' not in (o, *more[k-1:k])]}); left, children = [j for j in jobs if not (out/j.name/'config.json').is_file()], []; stop = False
@@ -103,6 +103,7 @@ def run_jobs(
         with log.open('a') as said: child = subprocess.Popen(command(folder, out/job.name, job, settings or {}, more), stdout=said, stderr=said, env=env); children.append(child); code = child.wait()
         if not code: log.unlink(); tell(f'{job.name}: done'); return None
         return f'{job.name}: {log.read_text(errors="replace").strip().splitlines()[-1:]}, see {log}'
+    if left: tell(f'{len(left)} of {len(jobs)} runs are to be made, {at_once} at one time')
     try:
         with ThreadPoolExecutor(at_once) as pool: wrong = [w for w in pool.map(one, left) if w]
     except BaseException:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import polars as pl
@@ -85,7 +86,7 @@ def test_truth_never_reaches_a_model(run, imecd, shop, tmp_path):
 
 def test_check_says_what_is_there(imecd, shop, tmp_path):
     code, said, err = imecd('data', 'check', shop, '--json', '--figures', tmp_path/'f'); found = json.loads(said)
-    assert code == 0 and found['users'] == 400 and found['hash'] == content_hash(load_interactions(shop)) and {p.name for p in (tmp_path/'f').iterdir()} == {'lengths.png', 'long_tail.png', 'ties.png'}
+    assert code == 0 and found['users'] == 400 and found['text'] == 'title, categories, brand, description of items.parquet' and found['hash'] == content_hash(load_interactions(shop)) and {p.name for p in (tmp_path/'f').iterdir()} == {'lengths.png', 'long_tail.png', 'ties.png'}
 
 
 def test_convert_from_csv_to_ranked_result(imecd, tmp_path):
@@ -98,7 +99,13 @@ def test_convert_from_csv_to_ranked_result(imecd, tmp_path):
     assert code == 0, err
     report = json.loads(said); assert sum(report['dropped'].values()) == 2 and report['text_columns'] == ['title'] and report['items_without_text'] == 0
     assert pl.read_csv(tmp_path/'bad.csv')['line'].to_list() == [242, 243]
-    assert imecd('train', tmp_path/'set', '--model', 'popularity', '--out', tmp_path/'run')[0] == 0
+    code, _, err = imecd('train', tmp_path/'set', '--model', 'popularity', '--out', tmp_path/'run'); assert code == 0 and f"the run is in {tmp_path/'run'}" in err
+    code, _, err = imecd('data', 'convert', tmp_path/'set', tmp_path/'core', '--k-core', 8); assert code == 0 and 'left out' not in err
+    with (tmp_path/'orders.csv').open('a') as f: f.write('rare,p1,1500000000\n')
+    code, _, err = imecd('data', 'convert', tmp_path/'orders.csv', tmp_path/'told', *columns, '--items', tmp_path/'goods.csv'); assert code == 0 and 'the 5-core left out 1 of 241 events; k=0, or --k-core 0, keeps them' in err
+
+
+def test_the_version(imecd): code, said, _ = imecd('--version'); assert code == 0 and said == f"imecd {metadata.version('imecd')}\n"
 
 
 def test_time_split_from_the_shell(imecd, shop, tmp_path):
@@ -257,7 +264,7 @@ def test_a_stored_imecd_that_does_not_fit_is_named(trained, run, imecd, tmp_path
 
 
 def test_a_preset_without_features_needs_none(imecd, shop, tmp_path):
-    code, _, err = imecd('train', shop, '--model', 'sasrec', *TINY, '--epochs', 1, '--seed', 3, '--out', tmp_path/'run'); assert code == 0 and all(x.startswith('epoch 0, ') for x in err.strip().splitlines()), err
+    code, _, err = imecd('train', shop, '--model', 'sasrec', *TINY, '--epochs', 1, '--seed', 3, '--out', tmp_path/'run'); *lines, last = err.strip().splitlines(); assert code == 0 and all(x.startswith('epoch 0, ') for x in lines) and last == f"note: the run is in {tmp_path/'run'}", err
     config = json.loads((tmp_path/'run/config.json').read_text()); assert config['settings']['seed'] == config['train']['seed'] == 3 and config['settings']['streams'] == 'id' and config['length'] == 50
     assert {p.stem for p in (tmp_path/'run/figures').iterdir()} == {'ranks', 'slices', 'history', 'loss'} and imecd('eval', tmp_path/'run')[0] == 0
 
