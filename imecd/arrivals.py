@@ -5,15 +5,18 @@
 # %% ../nbs/11j_arrivals.ipynb #9ee60a29
 from __future__ import annotations
 from dataclasses import replace
+from pathlib import Path
 import numpy as np, polars as pl, torch
 from torch import Tensor
 from .core import ITEM, MODALITIES, ImecdError, digest
 from .files import short
+from .content import PICTURE_KINDS, item_text, light_image, light_text, load_items
+from .encode import encode_images, encode_text
 from .features import Features, joint_hash
 from .asking import Shelf
 
 # %% auto #0
-__all__ = ['new_rows', 'grow_features', 'grow_shelf', 'grow_model']
+__all__ = ['new_rows', 'grow_features', 'check_new', 'grow_shelf', 'read_new', 'grow_model']
 
 # %% ../nbs/11j_arrivals.ipynb #4cff90d5
 def new_rows(
@@ -44,6 +47,20 @@ def grow_features(
     return Features(*(x for x, _ in made), present=present, manifest={**manifest, 'hash': joint_hash(manifest)})
 
 # %% ../nbs/11j_arrivals.ipynb #19c68913
+def check_new(
+    shelf:Shelf,        # of the model
+    table:pl.DataFrame, # of new items
+)->pl.DataFrame: # the same, ids of the type that the catalogue has
+    "Refuse what is no table of new items."
+    if shelf.features is None: raise ImecdError('this model reads neither text nor image, so nothing can be said of an item nobody bought; train one that does')
+    if not isinstance(table, pl.DataFrame) or ITEM not in table.columns: raise ImecdError(f'new items come as a polars DataFrame with a column {ITEM!r}')
+    if table[ITEM].is_null().any(): raise ImecdError(f'the new items, row {table[ITEM].is_null().arg_max()}: no id')
+    rows = table.with_columns(pl.col(ITEM).cast(shelf.items.schema[ITEM])); twice = rows[ITEM].filter(~rows[ITEM].is_first_distinct() | rows[ITEM].cast(pl.String).is_in(list(shelf.places)))
+    if not len(rows): raise ImecdError('there are no new items in the table')
+    if len(twice): raise ImecdError(f'new item {short(twice[0])} is in the catalogue already, or twice in the table; give each id once')
+    return rows
+
+# %% ../nbs/11j_arrivals.ipynb #2f60aa14
 def grow_shelf(
     shelf:Shelf,        # of the model
     table:pl.DataFrame, # of new items: `item`, and `title` where there is one
@@ -51,14 +68,42 @@ def grow_shelf(
     image=None,         # (K, F_v) the same
 )->Shelf:
     "The catalogue with new items behind the old ones."
-    if shelf.features is None: raise ImecdError('this model reads neither text nor image, so nothing can be said of an item nobody bought; train one that does')
-    if not isinstance(table, pl.DataFrame) or ITEM not in table.columns: raise ImecdError(f'new items come as a polars DataFrame with a column {ITEM!r}')
-    if table[ITEM].is_null().any(): raise ImecdError(f'the new items, row {table[ITEM].is_null().arg_max()}: no id')
-    rows = table.with_columns(pl.col(ITEM).cast(shelf.items.schema[ITEM])); twice = rows[ITEM].filter(~rows[ITEM].is_first_distinct() | rows[ITEM].cast(pl.String).is_in(list(shelf.places)))
-    if not len(rows): raise ImecdError('there are no new items in the table')
-    if len(twice): raise ImecdError(f'new item {short(twice[0])} is in the catalogue already, or twice in the table; give each id once')
-    kept = [c for c in shelf.items.columns if c in rows.columns]; items = pl.concat([shelf.items, rows.select(kept)], how='diagonal')
+    rows = check_new(shelf, table); kept = [c for c in shelf.items.columns if c in rows.columns]; items = pl.concat([shelf.items, rows.select(kept)], how='diagonal')
     return replace(shelf, items=items, counts=torch.cat([shelf.counts, shelf.counts.new_zeros(len(rows))]), features=grow_features(shelf.features, rows[ITEM].to_list(), text, image))
+
+# %% ../nbs/11j_arrivals.ipynb #2f60aa11
+def _light_words(
+    shelf:Shelf,     # of the model
+    words:list[str], # (K,) texts of new items
+    fields:list,     # columns that the old texts come from
+)->np.ndarray: # (K, F)
+    "New texts by the light encoder of the old ones."
+    if shelf.folder is None: raise ImecdError('the light text encoder reads new texts by the words of the old items, which a saved recommender does not hold; load the run, or give text (K, F)')
+    items = load_items(shelf.folder); x = light_text(item_text(items, fields), later=words).values; place = {i: k for k, i in enumerate(items[ITEM])}
+    rows = [(k, place[str(i)]) for k, i in enumerate(shelf.ids, 1) if str(i) in place]; known, again = map(list, zip(*rows)) if rows else ([], [])
+    if not rows or x.shape[1] != shelf.features.text.shape[1] or np.abs(shelf.features.text[known]-x[again]).max() > .01: raise ImecdError(f'{shelf.folder} does not hold the texts that this model was trained on; give text (K, F)')
+    return x[len(items):]
+
+# %% ../nbs/11j_arrivals.ipynb #2f60aa12
+def read_new(
+    shelf:Shelf,        # of the model
+    table:pl.DataFrame, # of new items: `item`, and the columns of text that the old ones have
+    images=None,        # a folder of pictures named by their item, or a dict item -> file
+)->dict[str, np.ndarray]: # modality -> (K, F), zeros where an item has nothing
+    "Texts and pictures of new items, read as those of the old ones were."
+    if isinstance(images, (str, Path)) and Path(images).is_dir(): images = {p.stem: p for p in sorted(Path(images).iterdir()) if p.suffix.lower() in PICTURE_KINDS}
+    if images is not None and not isinstance(images, dict): raise ImecdError(f'images={short(images, 60)}: give a folder of pictures, or a dict item -> file; features are given as text=, image=')
+    files, out = {str(i): Path(p) for i, p in (images or {}).items()}, {}
+    for m in (m for m in MODALITIES if getattr(shelf.features, m) is not None):
+        about = shelf.features.manifest[m]; how, fields = about['encoder'], [f for f in about['fields'] if f in table.columns] or None
+        raw = item_text(table, fields) if m == 'text' else [files.get(i) for i in table[ITEM].cast(pl.String)]
+        if not any(raw): continue
+        if how in ('codes', 'unknown'): raise ImecdError(f"{m} of the old items was read from {about['file'] or 'a file'}, which does not say what made it; give {m} of the new items as features (K, F) of the same kind")
+        if how == 'light-text': out[m] = _light_words(shelf, raw, about['fields']); continue
+        made = light_image(raw) if how == 'light-image' else (encode_text if m == 'text' else encode_images)(raw, how, about['revision'] or None)
+        if bad := made.about['problems']: raise ImecdError('; '.join(f'{p}: {why}' for p, why in bad.items())+'; mend these pictures or leave them out')
+        out[m] = made.values
+    return out
 
 # %% ../nbs/11j_arrivals.ipynb #92e339c3
 def grow_model(

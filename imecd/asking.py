@@ -32,6 +32,7 @@ class Shelf:
     features: Features|None = None # that the model reads
     pictures: dict = field(default_factory=dict) # raw id -> file
     about: dict = field(default_factory=dict)    # where the model comes from; ready for JSON
+    folder: Path|None = None       # of the data set, where it is at hand; never written down
 
     def __len__(self)->int: return len(self.items)
     @cached_property
@@ -54,7 +55,7 @@ def shelf_of(
     "The catalogue of a data set."
     rows = data.split.data.items; items = pl.DataFrame({c: rows[c] for c in (ITEM, 'title') if c in rows.columns})
     pictures = {} if folder is None else {i: str(p) for i, p in find_pictures(folder, items[ITEM].cast(pl.String)).items()}
-    return Shelf(items, data.counts().cpu(), data.length, features, pictures, about or {})
+    return Shelf(items, data.counts().cpu(), data.length, features, pictures, about or {}, folder and Path(folder))
 
 # %% ../nbs/11g_asking.ipynb #1233347d
 def _unknown(
@@ -63,8 +64,8 @@ def _unknown(
     where:str,   # for the message
 )->ImecdError:
     "The error for an id that is not there."
-    close = nearest(str(item), shelf.places) if len(shelf) <= 50_000 and len(str(item)) <= 100 else ''
-    return ImecdError(f"{where}: {short(item)} is no item of this model{f'; did you mean {close!r}?' if close else ''} (unknown='skip', or --unknown skip, leaves such items out)")
+    close = nearest(str(item), shelf.places, .7) if len(shelf) <= 50_000 and len(str(item)) <= 100 else ''; hint = f'; did you mean {close!r}?' if close else '; it is a title: ask by_title, or --by title' if str(item) in shelf.titles else ''
+    return ImecdError(f"{where}: {short(item)} is no item of this model{hint} (unknown='skip', or --unknown skip, leaves such items out)")
 
 # %% ../nbs/11g_asking.ipynb #eede62c6
 def dense_history(

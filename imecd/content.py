@@ -73,12 +73,13 @@ def light_text(
     texts:list[str], # (N,) from `item_text`
     width:int=128,   # columns
     fields=(),       # where the texts come from, for the manifest
-)->Vectors: # values (N, at most width), rows of length one
+    later=(),        # K texts of items that came after: read by the same words and the same reduction
+)->Vectors: # values (N+K, at most width), rows of length one
     "Words and word pairs, weighted by rarity and reduced by a singular value decomposition: `light-text`."
     from sklearn.feature_extraction.text import TfidfVectorizer
     count = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=200_000, strip_accents='unicode', token_pattern=r'\w+')
-    try: out = reduce_width(count.fit_transform(texts), width)  # (N, width)
-    except ValueError: out = np.zeros((len(texts), 1), np.float32)  # no term is shared by two items
+    try: out = reduce_width(count.fit_transform(texts), width, later=count.transform(later) if len(later) else None)  # (N+K, width)
+    except ValueError: out = np.zeros((len(texts)+len(later), 1), np.float32)  # no term is shared by two items
     norm = np.linalg.norm(out, axis=1, keepdims=True)
     out = np.where(norm > 1e-6, out/np.maximum(norm, 1e-6), 0).astype(np.float32)
     return Vectors(out, out.any(1), describe('light-text', f'TF-IDF of 1-2-grams, SVD {width}', 'l2', fields))

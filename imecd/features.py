@@ -183,14 +183,15 @@ def reduce_width(
     x,             # (N, F) array or scipy sparse matrix
     width:int,     # columns wanted
     seed:int=0,    # of the randomised decomposition
-)->np.ndarray: # (N, min(width, N, F)) float32
+    later=None,    # (K, F) rows that are reduced with it and take no part in finding it
+)->np.ndarray: # (N, min(width, N, F)) float32; (N+K, ...) with `later`
     "Truncated singular value decomposition (Halko et al., 2011), with a fixed sign; in one thread, so that the bits do not depend on how many there are."
     from sklearn.utils.extmath import randomized_svd
     from threadpoolctl import threadpool_limits
     if width < 1: raise ImecdError(f'width {width}: at least one column must be left')
     with threadpool_limits(1): u, s, vt = randomized_svd(x, min(width, *x.shape), n_iter=5, random_state=seed, flip_sign=False)
     sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])  # (width,)
-    return (u*(s*sign)).astype(np.float32)
+    return (u*(s*sign) if later is None else np.concatenate([u*(s*sign), later@(vt.T*sign)])).astype(np.float32)
 
 # %% ../nbs/03_features.ipynb #e3a47056
 def from_codes(

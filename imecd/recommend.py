@@ -17,7 +17,7 @@ from .running import NETWORKS, available, known_model, stored_model
 from .asking import Shelf, ask, dense_history, find_title, shelf_of, table_histories
 from .explain import Explanation, clean, explain_history
 from .handover import read_recommender, write_recommender
-from .arrivals import grow_model, grow_shelf
+from .arrivals import check_new, grow_model, grow_shelf, read_new
 
 # %% auto #0
 __all__ = ['open_run', 'hub_class', 'Recommender', 'open_any', 'told_history', 'answer_lines']
@@ -81,12 +81,16 @@ class Recommender:
         "The same for every user of a table (or file) of user, item and perhaps order, timestamp or day_group; with a column user."
         users, rows = table_histories(self.shelf, table, unknown); return ask(self.model, self.shelf, rows, k, exclude_seen, self.name, users)
 
-    def explain(self, history, k:int=5, exclude_seen:bool=False, unknown:str='refuse')->Explanation: return explain_history(self.model, self.shelf, dense_history(self.shelf, history, unknown), k, exclude_seen, self.name)
-    def by_title(self, titles)->list: return [find_title(self.shelf, t) for t in titles]  # raw ids
-    def add_items(self, table, text=None, image=None): shelf = grow_shelf(self.shelf, table, text, image); return type(self)(grow_model(self.model, shelf), shelf, self.name)  # a new recommender; features (K, F) of the new items
+    def explain(self, history, k:int=5, exclude_seen:bool=False, unknown:str='refuse')->Explanation: "What the model makes of a history of raw ids; a figure and HTML."; return explain_history(self.model, self.shelf, dense_history(self.shelf, history, unknown), k, exclude_seen, self.name)
+    def by_title(self, titles)->list: "Raw ids of titles, each whole or enough to be the only one."; return [find_title(self.shelf, t) for t in titles]
 
-    def save_pretrained(self, folder:str|Path, **hub): made = _empty(folder); return hub_class()(self).save_pretrained(made, **hub)
-    def push_to_hub(self, repo_id:str, **hub): return hub_class()(self).push_to_hub(repo_id, **hub)
+    def add_items(self, table, images=None, text=None, image=None):
+        "A new recommender that knows K more items by their content: a table of `item` and what is written about it, `images` a folder or a dict item -> file; or features `text`, `image` (K, F) in their place."
+        if text is None and image is None: made = read_new(self.shelf, check_new(self.shelf, table), images); text, image = made.get('text'), made.get('image')
+        shelf = grow_shelf(self.shelf, table, text, image); return type(self)(grow_model(self.model, shelf), shelf, self.name)
+
+    def save_pretrained(self, folder:str|Path, **hub): "To a folder: safetensors, json and a model card."; made = _empty(folder); return hub_class()(self).save_pretrained(made, **hub)
+    def push_to_hub(self, repo_id:str, **hub): "To the hub, as OWNER/NAME."; return hub_class()(self).push_to_hub(repo_id, **hub)
     @classmethod
     def from_pretrained(cls, name:str|Path, device:str='cpu', **hub):
         "From a folder, or from the hub."

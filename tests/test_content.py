@@ -183,6 +183,8 @@ def test_light_text():
         assert not light_text(none).present.any() and light_text(none).values.shape == (len(none), 1)
     many = light_text([f'w{k % 50} w{k % 7} w{k % 11}' for k in range(500)], width=16)
     assert many.values.shape == (500, 16) and many.present.all()
+    later = light_text(texts, later=['red oak table', 'unheard', 'NAÏVE café']); assert np.allclose(later.values[:8], x) and np.allclose(later.values[8], x[0], atol=1e-4) and np.allclose(later.values[10], x[4], atol=1e-4) and not later.present[9]
+    assert light_text(['a b', 'c d'], later=['a']).values.shape == (3, 1)
 
 
 def test_catalogue(tmp_path):

@@ -164,6 +164,7 @@ def test_reduction_is_repeatable_and_signed():
     assert np.allclose(reduce_width(-x, 8), -a, atol=1e-4) or np.allclose(reduce_width(-x, 8), a, atol=1e-4)
     assert np.allclose(np.linalg.svd(x, compute_uv=False)[:3], np.linalg.norm(reduce_width(x, 20), axis=0)[:3], rtol=1e-2)
     with pytest.raises(ImecdError, match='at least one'): reduce_width(x, 0)
+    low = x[:, :6]@x[:6]; later = reduce_width(low, 6, later=low[:3]); assert np.array_equal(later[:80], reduce_width(low, 6)) and np.allclose(later[80:], later[:3], atol=1e-3)
 
 
 def test_maps(monkeypatch):

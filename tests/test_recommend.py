@@ -12,11 +12,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from PIL import Image
 
+from imecd.arrivals import read_new
 from imecd.asking import find_title, history_keys, table_histories
 from imecd.baselines import fit_baseline
+from imecd.content import light_image
 from imecd.core import ImecdError
 from imecd.explain import clean, explain_history, page, safe, thumbnail
+from imecd.features import join_features
 from imecd.fitting import load_split
 from imecd.handover import file_hash
 from imecd.recommend import Recommender
@@ -104,6 +108,8 @@ def test_ids_that_are_numbers_come_back_as_numbers(shop, made):
 HISTORIES = {
     'an id that is not there': (lambda r: r.recommend(['nothing like it']), 'is no item of this model'),
     'an id mistyped': (lambda r: r.recommend([r.shelf.ids[0][:-1]]), 'did you mean'),
+    'an id like no other': (lambda r: r.recommend(['qq']), r"'qq' is no item of this model \(unknown"),
+    'a title for an id': (lambda r: r.recommend([r.shelf.titles[1]]), 'it is a title: ask by_title, or --by title'),
     'a text, not a list': (lambda r: r.recommend(r.shelf.ids[0]), 'give a list of item ids'),
     'bytes': (lambda r: r.recommend(b'abc'), 'give a list of item ids'),
     'nothing at all': (lambda r: r.recommend(None), 'give a list of item ids'),
@@ -127,10 +133,11 @@ HISTORIES = {
     'a list for a table': (lambda r: r.recommend_table([1, 2]), 'a polars DataFrame or a file'),
     'a file that is not there': (lambda r: r.recommend_table('no/such.csv'), 'such.csv'),
     'new items without content': (lambda r: r.add_items(pl.DataFrame({'item': ['new']})), 'neither text nor image'),
-    'a new item that is there already': (lambda r: r.add_items(pl.DataFrame({'item': [r.shelf.ids[0]]}), r.shelf.features.text[1:2]), 'in the catalogue already'),
-    'new items twice': (lambda r: r.add_items(pl.DataFrame({'item': ['n', 'n']}), r.shelf.features.text[1:3]), 'twice in the table'),
-    'new features of another width': (lambda r: r.add_items(pl.DataFrame({'item': ['n']}), np.ones((1, 3))), 'encode them as those'),
-    'new features with a NaN': (lambda r: r.add_items(pl.DataFrame({'item': ['n']}), np.full((1, r.shelf.features.text.shape[1]), np.nan)), 'not a finite number'),
+    'a new item that is there already': (lambda r: r.add_items(pl.DataFrame({'item': [r.shelf.ids[0]]}), text=r.shelf.features.text[1:2]), 'in the catalogue already'),
+    'new items twice': (lambda r: r.add_items(pl.DataFrame({'item': ['n', 'n']}), text=r.shelf.features.text[1:3]), 'twice in the table'),
+    'new features of another width': (lambda r: r.add_items(pl.DataFrame({'item': ['n']}), text=np.ones((1, 3))), 'encode them as those'),
+    'new features with a NaN': (lambda r: r.add_items(pl.DataFrame({'item': ['n']}), text=np.full((1, r.shelf.features.text.shape[1]), np.nan)), 'not a finite number'),
+    'new items with titles, of a saved recommender': (lambda r: Recommender(r.model, replace(r.shelf, folder=None)).add_items(pl.DataFrame({'item': ['n'], 'title': ['Lamp']})), 'load the run, or give text'),
     'new items without a name': (lambda r: r.add_items(pl.DataFrame({'sku': ['n']})), "column 'item'"),
     'no new items': (lambda r: r.add_items(pl.DataFrame({'item': []}, schema={'item': pl.String})), 'no new items'),
 }
@@ -242,11 +249,33 @@ def test_a_folder_of_others_is_not_written_into(r, tmp_path):
 
 
 def test_new_items_leave_the_old_ones_alone(r):
-    text = r.shelf.features.text; more = r.add_items(pl.DataFrame({'item': ['n1', 'n2'], 'title': ['One', None]}), text[4:6]); history = r.shelf.ids[:5]
+    text = r.shelf.features.text; more = r.add_items(pl.DataFrame({'item': ['n1', 'n2'], 'title': ['One', None]}), text=text[4:6]); history = r.shelf.ids[:5]
     found = more.recommend(history, 1000); assert {'n1', 'n2'} <= set(found['item']) and len(found) == len(r.shelf)+2
     assert found.filter(~pl.col('item').is_in(['n1', 'n2']))['item'].to_list() == r.recommend(history, 1000)['item'].to_list()
     assert more.recommend(['n1'], 3)['by'].to_list() == ['imecd']*3 and more.shelf.titles[-1] == 'n2' and len(r.shelf) == len(more.shelf)-2
     assert explain_history(more.model, more.shelf, [len(more.shelf)]).history['item'].to_list() == ['n2']
+
+
+def test_new_items_are_read_by_what_read_the_old(r, shop, tmp_path):
+    new = pl.read_parquet(shop/'items.parquet')[4:6].with_columns(item=pl.Series(['n1', 'n2'])); text = r.add_items(new).shelf.features.text; assert np.allclose(text[-2:], text[5:7], atol=.02) and not np.allclose(text[-1], text[-2], atol=.1)
+    grown = r.add_items(new); again = grown.add_items(new.with_columns(item=pl.Series(['m1', 'm2']))).shelf.features.text; assert np.array_equal(again[-2:], text[-2:])
+    with pytest.raises(ImecdError, match='neither text nor image'): r.add_items(new.select('item'))
+    with pytest.raises(ImecdError, match='qwx'): r.add_items(pl.DataFrame({'item': ['qwx'], 'title': ['Zyqx']}))   # no word of it is known
+    other = shutil.copytree(shop, tmp_path/'other'); pl.read_parquet(shop/'items.parquet').with_columns(pl.col('title').reverse()).write_parquet(other/'items.parquet')
+    with pytest.raises(ImecdError, match='does not hold the texts that this model was trained on'): Recommender(r.model, replace(r.shelf, folder=other)).add_items(new)
+    manifest = r.shelf.features.manifest; strange = r.shelf.features._replace(manifest={**manifest, 'text': {**manifest['text'], 'encoder': 'unknown', 'file': 'text_features.npy'}})
+    with pytest.raises(ImecdError, match='text_features.npy, which does not say what made it; give text of the new items'): read_new(replace(r.shelf, features=strange), new)
+
+
+def test_new_pictures_come_from_a_folder_or_by_name(r, tmp_path):
+    for name, colour in (('a', 'red'), ('b', 'blue'), ('c', 'red')): image = Image.new('RGB', (64, 64), colour); image.paste('white', (8, 8, 40, 24)); image.save(tmp_path/f'{name}.png')
+    shelf = replace(r.shelf, items=pl.DataFrame({'item': ['a', 'b']}), features=join_features(['a', 'b'], None, light_image([tmp_path/'a.png', tmp_path/'b.png']))); new = pl.DataFrame({'item': ['c', 'd']})
+    for images in (tmp_path, str(tmp_path), {'c': tmp_path/'c.png'}): found = read_new(shelf, new, images)['image']; assert np.allclose(found[0], shelf.features.image[1], atol=1e-3) and not found[1].any()
+    assert read_new(shelf, new) == {}
+    (tmp_path/'d.png').write_bytes(b'no picture')
+    with pytest.raises(ImecdError, match=r'd\.png: .*mend these pictures'): read_new(shelf, new, tmp_path)
+    for wrong in (tmp_path/'nowhere', np.ones((2, 251))):
+        with pytest.raises(ImecdError, match='give a folder of pictures, or a dict'): read_new(shelf, new, wrong)
 
 
 # the command
