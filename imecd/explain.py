@@ -128,7 +128,9 @@ def plot_trusts(
 ): # the axis
     "How far text and picture of each item were believed."
     part = history.tail(most); ax = new_axes(ax, figsize=(7, .25*len(part)+1)); names = [c[6:] for c in part.columns if c.startswith('trust ')]
-    for k, m in enumerate(names): ax.barh([y+.8/len(names)*(k-(len(names)-1)/2) for y in range(len(part))], part[f'trust {m}'].fill_null(0), height=.75/len(names), color=COLOURS[m], label=m)
+    for k, m in enumerate(names):
+        at, trust = [y+.8/len(names)*(k-(len(names)-1)/2) for y in range(len(part))], part[f'trust {m}']; ax.barh(at, trust.fill_null(0), height=.75/len(names), color=COLOURS[m], label=m)
+        for y, t in zip(at, trust): ax.text(.01, y, f'no {m}' if t is None else '', va='center', fontsize=6)
     ax.set_yticks(range(len(part)), [clean(t, 34) for t in part['title']], fontsize=7, parse_math=False); ax.invert_yaxis(); ax.set_xlim(0, 1)
     if names: ax.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=7)
     return label(ax, 'The history, oldest first, and how far its content is believed', 'trust (0 to 1)')
@@ -140,9 +142,11 @@ def plot_answers(
 ): # the axis
     "The list, and what of the history each item is most like."
     ax = new_axes(ax, figsize=(7, .25*len(answers)+1)); like = answers['likeness'].fill_null(0)
-    ax.barh(range(len(answers)), like, color=COLOURS['context'], height=.6); ax.set_yticks(range(len(answers)), [f'{r}. {clean(t or i, 34)}' for r, t, i in zip(answers['rank'], answers['title'], answers[ITEM])], fontsize=7, parse_math=False)
+    unknown = answers['like'].is_null().all(); ax.barh(range(len(answers)), answers['score'] if unknown else like, color=COLOURS['context'], height=.6); ax.set_yticks(range(len(answers)), [f'{r}. {clean(t or i, 34)}' for r, t, i in zip(answers['rank'], answers['title'], answers[ITEM])], fontsize=7, parse_math=False)
     for y, (v, t) in enumerate(zip(like, answers['like'])): ax.text(max(v, 0)+.02, y, '' if t is None else f'like {clean(t, 30)}', va='center', fontsize=7, parse_math=False)
-    ax.invert_yaxis(); ax.set_xlim(min(0, like.min() or 0)-.02, 1.6); ax.set_xticks([0, .5, 1]); return label(ax, 'The list, and what of the history is nearest to each item', 'cosine')
+    ax.invert_yaxis()
+    if unknown: return label(ax, 'Nothing is known of this history: the list is what is bought most', 'training events')
+    ax.set_xlim(min(0, like.min() or 0)-.02, 1.6); ax.set_xticks([0, .5, 1]); return label(ax, 'The list, and what of the history is nearest to each item', 'cosine')
 
 # %% ../nbs/11h_explain.ipynb #9f8a2b3e
 def plot_explanation(

@@ -285,7 +285,7 @@ def explore_trajectory(
     for name, m in models.items():
         if m.shelf.ids != r.shelf.ids: raise ImecdError(f'{name} recommends other items than {r.name}; compare models of one data set')
     sky = {name: (z := sphere(m.model.items().vectors.float()).cpu(), view := fit_map(z[1:]), *(lambda ax, moving: (Film(ax), moving))(*walk_picture(z, view, target))) for name, m in models.items()}; n, known = min(steps, r.model.config.steps), {}
-    c = {'step': w.IntSlider(min=1, max=n, value=n, description='step'), 'play': w.Play(min=1, max=n, value=n, interval=400), 'guidance': w.FloatSlider(min=0, max=4, step=.5, description='guidance'),
+    c = {'step': w.IntSlider(min=1, max=n, value=n, description='step'), 'play': w.Play(min=1, max=n, value=n, interval=400), 'guidance': w.FloatSlider(min=0, max=4, step=.5, value=r.model.config.scale, description='guidance'),
          'seed': w.IntSlider(min=0, max=20, description='noise'), 'model': w.ToggleButtons(options=list(models), description='model')}
     v = {'picture': w.Image(format='png', layout=w.Layout(max_width='100%')), 'near': w.HTML()}; w.jslink((c['play'], 'value'), (c['step'], 'value'))
     def update():

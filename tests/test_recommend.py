@@ -8,6 +8,7 @@ import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pytest
@@ -19,7 +20,7 @@ from imecd.asking import find_title, history_keys, table_histories
 from imecd.baselines import fit_baseline
 from imecd.content import light_image
 from imecd.core import ImecdError
-from imecd.explain import clean, explain_history, page, safe, thumbnail
+from imecd.explain import clean, explain_history, page, plot_trusts, safe, thumbnail
 from imecd.features import join_features
 from imecd.fitting import load_split
 from imecd.handover import file_hash
@@ -276,6 +277,11 @@ def test_new_pictures_come_from_a_folder_or_by_name(r, tmp_path):
     with pytest.raises(ImecdError, match=r'd\.png: .*mend these pictures'): read_new(shelf, new, tmp_path)
     for wrong in (tmp_path/'nowhere', np.ones((2, 251))):
         with pytest.raises(ImecdError, match='give a folder of pictures, or a dict'): read_new(shelf, new, wrong)
+
+
+def test_figures_say_what_is_missing(r):
+    empty = r.explain([]); ax = empty.plot(); assert ax.get_title(loc='left').startswith('Nothing is known') and ax.get_xlabel() == 'training events' and [b.get_width() for b in ax.patches] == empty.answers['score'].to_list(); plt.close('all')
+    history = r.explain(r.shelf.ids[:2]).history.with_columns(**{'trust image': pl.Series([.4, None], dtype=pl.Float64)}); ax = plot_trusts(history); assert [t.get_text() for t in ax.texts if t.get_text()] == ['no image']; plt.close('all')
 
 
 # the command
