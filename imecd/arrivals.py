@@ -11,12 +11,12 @@ from torch import Tensor
 from .core import ITEM, MODALITIES, ImecdError, digest
 from .files import short
 from .content import PICTURE_KINDS, item_text, light_image, light_text, load_items
-from .encode import encode_images, encode_text
-from .features import Features, joint_hash
+from .encode import encode_images, encode_text, find_model
+from .features import Features, Vectors, joint_hash
 from .asking import Shelf
 
 # %% auto #0
-__all__ = ['new_rows', 'grow_features', 'check_new', 'grow_shelf', 'read_new', 'grow_model']
+__all__ = ['new_rows', 'grow_features', 'check_new', 'grow_shelf', 'picture_files', 'read_new', 'grow_model']
 
 # %% ../nbs/11j_arrivals.ipynb #4cff90d5
 def new_rows(
@@ -27,10 +27,10 @@ def new_rows(
 )->tuple: # (N+1+K, F) or None; (K,) bool which of the new ones have it
     "One modality of a catalogue that grows; a new row of zeros or of no finite number is missing or refused."
     if old is None: return None, np.zeros(k, bool)
-    new = np.zeros((k, old.shape[1]), np.float32) if new is None else np.asarray(new, np.float32)
+    with np.errstate(over='ignore'): new = np.zeros((k, old.shape[1]), old.dtype) if new is None else np.asarray(new).astype(old.dtype)
     if new.shape != (k, old.shape[1]): raise ImecdError(f'{name} of the new items has shape {new.shape}; the model reads ({k}, {old.shape[1]}): encode them as those it was trained on')
-    if len(bad := np.flatnonzero(~np.isfinite(new).all(1))): raise ImecdError(f'{name}, new row {bad[0]}: not a finite number ({len(bad)} such rows); mend it, or give zeros where there is none')
-    return np.concatenate([old, new.astype(old.dtype)]), new.any(1)
+    if len(bad := np.flatnonzero(~np.isfinite(new).all(1))): raise ImecdError(f'{name}, new row {bad[0]}: not a finite number in {old.dtype} ({len(bad)} such rows); mend it, or give zeros where there is none')
+    return np.concatenate([old, new]), new.any(1)
 
 # %% ../nbs/11j_arrivals.ipynb #56235ec1
 def grow_features(
@@ -55,7 +55,11 @@ def check_new(
     if shelf.features is None: raise ImecdError('this model reads neither text nor image, so nothing can be said of an item nobody bought; train one that does')
     if not isinstance(table, pl.DataFrame) or ITEM not in table.columns: raise ImecdError(f'new items come as a polars DataFrame with a column {ITEM!r}')
     if table[ITEM].is_null().any(): raise ImecdError(f'the new items, row {table[ITEM].is_null().arg_max()}: no id')
-    rows = table.with_columns(pl.col(ITEM).cast(shelf.items.schema[ITEM])); twice = rows[ITEM].filter(~rows[ITEM].is_first_distinct() | rows[ITEM].cast(pl.String).is_in(list(shelf.places)))
+    kind = shelf.items.schema[ITEM]
+    try: rows = table.with_columns(pl.col(ITEM).cast(kind))
+    except pl.exceptions.InvalidOperationError: raise ImecdError(f'the ids of this catalogue are of type {kind}, and those of the new items ({table.schema[ITEM]}) are not') from None
+    if rows.schema.get('title', pl.String) != pl.String: rows = rows.with_columns(title=pl.Series(item_text(rows, ['title'])))
+    twice = rows[ITEM].filter(~rows[ITEM].is_first_distinct() | rows[ITEM].cast(pl.String).is_in(list(shelf.places)))
     if not len(rows): raise ImecdError('there are no new items in the table')
     if len(twice): raise ImecdError(f'new item {short(twice[0])} is in the catalogue already, or twice in the table; give each id once')
     return rows
@@ -66,10 +70,11 @@ def grow_shelf(
     table:pl.DataFrame, # of new items: `item`, and `title` where there is one
     text=None,          # (K, F_t) their features, or None
     image=None,         # (K, F_v) the same
+    pictures:dict|None=None, # item -> file, to show
 )->Shelf:
     "The catalogue with new items behind the old ones."
     rows = check_new(shelf, table); kept = [c for c in shelf.items.columns if c in rows.columns]; items = pl.concat([shelf.items, rows.select(kept)], how='diagonal')
-    return replace(shelf, items=items, counts=torch.cat([shelf.counts, shelf.counts.new_zeros(len(rows))]), features=grow_features(shelf.features, rows[ITEM].to_list(), text, image))
+    return replace(shelf, items=items, pictures={**shelf.pictures, **(pictures or {})}, counts=torch.cat([shelf.counts, shelf.counts.new_zeros(len(rows))]), features=grow_features(shelf.features, rows[ITEM].to_list(), text, image))
 
 # %% ../nbs/11j_arrivals.ipynb #2f60aa11
 def _light_words(
@@ -79,28 +84,51 @@ def _light_words(
 )->np.ndarray: # (K, F)
     "New texts by the light encoder of the old ones."
     if shelf.folder is None: raise ImecdError('the light text encoder reads new texts by the words of the old items, which a saved recommender does not hold; load the run, or give text (K, F)')
-    items = load_items(shelf.folder); x = light_text(item_text(items, fields), later=words).values; place = {i: k for k, i in enumerate(items[ITEM])}
+    if not (shelf.folder/'items.parquet').is_file(): raise ImecdError(f'{shelf.folder} is a prepared cache and holds no texts, by whose words the light text encoder reads new ones; give text (K, F)')
+    items = load_items(shelf.folder); x = light_text(item_text(items, fields or None), shelf.features.text.shape[1], later=words).values; place = {i: k for k, i in enumerate(items[ITEM])}
     rows = [(k, place[str(i)]) for k, i in enumerate(shelf.ids, 1) if str(i) in place]; known, again = map(list, zip(*rows)) if rows else ([], [])
     if not rows or x.shape[1] != shelf.features.text.shape[1] or np.abs(shelf.features.text[known]-x[again]).max() > .01: raise ImecdError(f'{shelf.folder} does not hold the texts that this model was trained on; give text (K, F)')
     return x[len(items):]
+
+# %% ../nbs/11j_arrivals.ipynb #2f60aa15
+def picture_files(
+    images, # None, a folder of pictures named by their item, or a dict item -> file
+)->dict[str, Path]: # raw id -> file
+    "Which picture is of which item."
+    if isinstance(images, (str, Path)) and Path(images).is_dir(): return {p.stem: p for p in sorted(Path(images).iterdir()) if p.suffix.lower() in PICTURE_KINDS}
+    if images is not None and not isinstance(images, dict): raise ImecdError(f'images={short(images, 60)}: give a folder of pictures, or a dict item -> file; features are given as text=, image=')
+    return {str(i): Path(p) for i, p in (images or {}).items()}
+
+def _by_model(
+    m:str,        # modality
+    raw:list,     # (K,) texts or files
+    name:str,     # of a trained encoder
+    revision:str, # that read the old items
+)->Vectors: # values (K, F)
+    "Texts or pictures by the very model that read the old ones."
+    try: found = find_model(name, revision or None)[1]
+    except ImecdError as e: raise ImecdError(f'{m} of the old items was read by {name}, which is not at hand ({e}); give {m} (K, F)') from None
+    if found != revision: raise ImecdError(f'{m} of the old items was read by {name} at {revision[:12]}, and what is at hand is {found[:12]}; give {m} (K, F)')
+    return (encode_text if m == 'text' else encode_images)(raw, name, revision or None)
 
 # %% ../nbs/11j_arrivals.ipynb #2f60aa12
 def read_new(
     shelf:Shelf,        # of the model
     table:pl.DataFrame, # of new items: `item`, and the columns of text that the old ones have
-    images=None,        # a folder of pictures named by their item, or a dict item -> file
+    files:dict[str, Path], # item -> its picture, see `picture_files`
+    given=(),           # modalities that need not be read
 )->dict[str, np.ndarray]: # modality -> (K, F), zeros where an item has nothing
     "Texts and pictures of new items, read as those of the old ones were."
-    if isinstance(images, (str, Path)) and Path(images).is_dir(): images = {p.stem: p for p in sorted(Path(images).iterdir()) if p.suffix.lower() in PICTURE_KINDS}
-    if images is not None and not isinstance(images, dict): raise ImecdError(f'images={short(images, 60)}: give a folder of pictures, or a dict item -> file; features are given as text=, image=')
-    files, out = {str(i): Path(p) for i, p in (images or {}).items()}, {}
-    for m in (m for m in MODALITIES if getattr(shelf.features, m) is not None):
-        about = shelf.features.manifest[m]; how, fields = about['encoder'], [f for f in about['fields'] if f in table.columns] or None
-        raw = item_text(table, fields) if m == 'text' else [files.get(i) for i in table[ITEM].cast(pl.String)]
+    out, ids = {}, table[ITEM].cast(pl.String).to_list()
+    if files and shelf.features.image is None: raise ImecdError('this model reads no pictures; leave images out')
+    if files and not files.keys() & set(ids): raise ImecdError(f'of the pictures none is of a new item; {short(next(iter(files.values())), 60)} is named {short(next(iter(files)), 30)}, the first new item {short(ids[0], 30)}')
+    for m in (m for m in MODALITIES if m not in given and getattr(shelf.features, m) is not None):
+        about = shelf.features.manifest[m]; how, fields = about['encoder'], about['fields']
+        raw = [files.get(i) for i in ids] if m == 'image' else item_text(table, [f for f in fields if f in table.columns] if fields else None)
         if not any(raw): continue
         if how in ('codes', 'unknown'): raise ImecdError(f"{m} of the old items was read from {about['file'] or 'a file'}, which does not say what made it; give {m} of the new items as features (K, F) of the same kind")
         if how == 'light-text': out[m] = _light_words(shelf, raw, about['fields']); continue
-        made = light_image(raw) if how == 'light-image' else (encode_text if m == 'text' else encode_images)(raw, how, about['revision'] or None)
+        made = light_image(raw) if how == 'light-image' else _by_model(m, raw, how, about['revision'])
         if bad := made.about['problems']: raise ImecdError('; '.join(f'{p}: {why}' for p, why in bad.items())+'; mend these pictures or leave them out')
         out[m] = made.values
     return out

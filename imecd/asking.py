@@ -64,7 +64,7 @@ def _unknown(
     where:str,   # for the message
 )->ImecdError:
     "The error for an id that is not there."
-    close = nearest(str(item), shelf.places, .7) if len(shelf) <= 50_000 and len(str(item)) <= 100 else ''; hint = f'; did you mean {close!r}?' if close else '; it is a title: ask by_title, or --by title' if str(item) in shelf.titles else ''
+    close = nearest(str(item), shelf.places, .7) if len(shelf) <= 50_000 and len(str(item)) <= 100 else ''; hint = f'; did you mean {close!r}?' if close else '; it is a title: ask by_title, or --by title' if str(item) in shelf.titles[1:] else ''
     return ImecdError(f"{where}: {short(item)} is no item of this model{hint} (unknown='skip', or --unknown skip, leaves such items out)")
 
 # %% ../nbs/11g_asking.ipynb #eede62c6

@@ -14,7 +14,7 @@ from .interactions import plot_lengths, plot_long_tail, read_events, read_items
 from .prepare import convert as convert_events, find_source
 from .amazon import fetch_amazon, read_meta
 from .shop import load_truth, make_shop
-from .content import text_fields
+from .content import item_text, text_fields
 from .encode import encode_folder
 from .cache import make_cache
 from .runs import assess, save_figures
@@ -66,7 +66,7 @@ def check(
 ):
     "Read a data set, say what it holds, or what is wrong with it."
     data = load_interactions(folder, k_core); found = statistics(data) | feature_state(folder, data.n_items)
-    if not found['text'] and (read := text_fields(data.items)): found['text'] = f"{', '.join(read)} of items.parquet"
+    if not found['text'] and any(item_text(data.items)): found['text'] = f"{', '.join(text_fields(data.items))} of items.parquet"
     axes = lambda: {'long_tail': plot_long_tail(np.bincount(data.events, minlength=data.n_items+1)[1:]), 'lengths': plot_lengths(data.lengths), **({} if data.ties is None else {'ties': plot_ties(last_tie_sizes(data))})}
     if figures: save_figures(axes(), figures)
     show(found, as_json)

@@ -189,9 +189,10 @@ def reduce_width(
     from sklearn.utils.extmath import randomized_svd
     from threadpoolctl import threadpool_limits
     if width < 1: raise ImecdError(f'width {width}: at least one column must be left')
-    with threadpool_limits(1): u, s, vt = randomized_svd(x, min(width, *x.shape), n_iter=5, random_state=seed, flip_sign=False)
-    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])  # (width,)
-    return (u*(s*sign) if later is None else np.concatenate([u*(s*sign), later@(vt.T*sign)])).astype(np.float32)
+    with threadpool_limits(1):
+        u, s, vt = randomized_svd(x, min(width, *x.shape), n_iter=5, random_state=seed, flip_sign=False)
+        sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])  # (width,)
+        return (u*(s*sign) if later is None else np.concatenate([u*(s*sign), later@(vt.T*sign)])).astype(np.float32)
 
 # %% ../nbs/03_features.ipynb #e3a47056
 def from_codes(

@@ -202,7 +202,7 @@ class Scorer(Stored):
 
     def one_score(self, q:Tensor, seen:Tensor)->Tensor:  # (R, D_x), (R, L) -> (R, N+1)
         items, later, first = self.remember(); s = wide(products(q, items.vectors))
-        s.scatter_(1, later.expand(len(s), -1), s.gather(1, first.expand(len(s), -1))); s[:, PAD] = -torch.inf
+        s.scatter_(1, later.expand(len(s), -1), s.index_select(1, first)); s[:, PAD] = -torch.inf
         if self.again is None: return s
         r, k = (seen != PAD).nonzero(as_tuple=True)
         return s.index_put_((r, seen[r, k]), self.repeat.expand(len(r)), accumulate=True)

@@ -17,7 +17,7 @@ from .running import NETWORKS, available, known_model, stored_model
 from .asking import Shelf, ask, dense_history, find_title, shelf_of, table_histories
 from .explain import Explanation, clean, explain_history
 from .handover import read_recommender, write_recommender
-from .arrivals import check_new, grow_model, grow_shelf, read_new
+from .arrivals import check_new, grow_model, grow_shelf, picture_files, read_new
 
 # %% auto #0
 __all__ = ['open_run', 'hub_class', 'Recommender', 'open_any', 'told_history', 'answer_lines']
@@ -86,8 +86,9 @@ class Recommender:
 
     def add_items(self, table, images=None, text=None, image=None):
         "A new recommender that knows K more items by their content: a table of `item` and what is written about it, `images` a folder or a dict item -> file; or features `text`, `image` (K, F) in their place."
-        if text is None and image is None: made = read_new(self.shelf, check_new(self.shelf, table), images); text, image = made.get('text'), made.get('image')
-        shelf = grow_shelf(self.shelf, table, text, image); return type(self)(grow_model(self.model, shelf), shelf, self.name)
+        files, given = picture_files(images), {m: x for m, x in (('text', text), ('image', image)) if x is not None}
+        made = read_new(self.shelf, rows := check_new(self.shelf, table), files, given)|given; new = files.keys() & set(rows['item'].cast(str))
+        shelf = grow_shelf(self.shelf, rows, made.get('text'), made.get('image'), {i: str(files[i]) for i in new}); return type(self)(grow_model(self.model, shelf), shelf, self.name)
 
     def save_pretrained(self, folder:str|Path, **hub): "To a folder: safetensors, json and a model card."; made = _empty(folder); return hub_class()(self).save_pretrained(made, **hub)
     def push_to_hub(self, repo_id:str, **hub): "To the hub, as OWNER/NAME."; return hub_class()(self).push_to_hub(repo_id, **hub)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from imecd.catalogue import mean_catalogue_loss, strip_rows
+from imecd.catalogue import ROWS, mean_catalogue_loss, products, strip_rows
 from imecd.diffusion import catalogue_loss
 from imecd.core import ImecdError
 
@@ -63,3 +63,11 @@ def test_a_strip_is_never_empty(): assert strip_rows(10**9, 'cpu') >= 1 and stri
 def test_a_graphics_card_agrees():
     torch.manual_seed(0); q, z, y = torch.randn(50, 16), torch.randn(90, 16), torch.randint(1, 90, (50,))
     assert torch.allclose(mean_catalogue_loss(q, z, y), mean_catalogue_loss(q.cuda(), z.cuda(), y.cuda()).cpu(), rtol=1e-4)
+
+
+def test_products_are_aligned_where_nobody_asks_for_more():
+    q, z = torch.randn(5, 8), torch.randn(27, 8); wanted = q@z.T
+    with torch.no_grad(): s = products(q, z); assert torch.equal(s, wanted) and s.shape == (5, 27) and s.stride() == (-(-27//ROWS)*ROWS, 1)
+    for x in (q, z): x.requires_grad_()
+    products(q, z).sum().backward(); assert torch.allclose(q.grad, z.sum(0).expand_as(q), atol=1e-5) and torch.allclose(z.grad, q.sum(0).expand_as(z), atol=1e-5)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): s = products(q, z); assert s.dtype == torch.bfloat16 and torch.allclose(s.float(), wanted, atol=.1)

@@ -17,7 +17,7 @@ from imecd.core import ImecdError
 from imecd.histories import leave_one_out
 from imecd.metrics import (Evaluation, by_user, coverage, evaluate, gini, hr, ild, mean, measure, mrr, ndcg, percentiles, plot_discount, plot_ranks,
                            plot_slices, popularity, quarters, slices, summary, user_means)
-from imecd.ranking import STRIP, best, distinct, history_pairs, rank_dot, ranks
+from imecd.ranking import STRIP, best, block_rows, distinct, history_pairs, rank_dot, ranks
 from imecd.significance import bootstrap, compare, holm, paired, plot_compare, users_needed
 
 
@@ -425,3 +425,10 @@ def test_bench_speaks_json(tmp_path):
     script = Path(__file__).parents[1]/'bench'/'ranking.py'
     run = subprocess.run([sys.executable, str(script), '--users', '50', '--items', '2000'], capture_output=True, text=True, check=True, cwd=tmp_path)
     found = json.loads(run.stdout); assert found['users'] == 50 and found['extra_peak_mb'] < 500 and 800 < found['mean_rank'] < 1200
+
+
+@pytest.mark.parametrize('kind', ['cpu', 'cuda'])
+@pytest.mark.parametrize('n', [1, 700, 12_000, 10**6, 10**8])
+def test_a_block_of_scores_takes_128_mb_at_most(n, kind):
+    rows = block_rows(n, kind); assert rows == 1 or rows*n*4 <= 128*2**20; assert block_rows(n, kind, 5*n) == 5
+    if kind == 'cpu' and n <= 65_536: assert 64*n >= rows*n or rows*n*4 <= 16*2**20

@@ -333,6 +333,16 @@ def test_equal_vectors_tie_exactly(name, monkeypatch):
         assert torch.allclose(s[:, 1:], m.query(rows(histories)).vectors@z[1:].T, atol=1e-5)
 
 
+
+@pytest.mark.parametrize('score', ['dot', 'cosine'])
+@pytest.mark.parametrize('seen', [False, True])
+def test_scores_have_a_slope_also_where_items_tie(score, seen):
+    m = model_of(config(streams='id', score=score, seen=seen, head='direct'))
+    with torch.no_grad(): m.table.ids[3] = m.table.ids[7]
+    m.cache = None; s = m.score(m.query(rows(WALKS))); assert seen or torch.equal(s[:, 3], s[:, 7]); s[:, 1:].logsumexp(1).sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in m.reader.parameters())
+
+
 # one score for training and ranking
 
 def cross_entropy(m, histories):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imecd.arrivals import read_new
+from imecd.arrivals import check_new, grow_shelf, new_rows, picture_files, read_new
 from imecd.asking import find_title, history_keys, table_histories
 from imecd.baselines import fit_baseline
 from imecd.content import light_image
@@ -109,6 +109,7 @@ def test_ids_that_are_numbers_come_back_as_numbers(shop, made):
 HISTORIES = {
     'an id that is not there': (lambda r: r.recommend(['nothing like it']), 'is no item of this model'),
     'an id mistyped': (lambda r: r.recommend([r.shelf.ids[0][:-1]]), 'did you mean'),
+    'an empty id': (lambda r: r.recommend(['']), r"'' is no item of this model \(unknown"),
     'an id like no other': (lambda r: r.recommend(['qq']), r"'qq' is no item of this model \(unknown"),
     'a title for an id': (lambda r: r.recommend([r.shelf.titles[1]]), 'it is a title: ask by_title, or --by title'),
     'a text, not a list': (lambda r: r.recommend(r.shelf.ids[0]), 'give a list of item ids'),
@@ -265,18 +266,35 @@ def test_new_items_are_read_by_what_read_the_old(r, shop, tmp_path):
     other = shutil.copytree(shop, tmp_path/'other'); pl.read_parquet(shop/'items.parquet').with_columns(pl.col('title').reverse()).write_parquet(other/'items.parquet')
     with pytest.raises(ImecdError, match='does not hold the texts that this model was trained on'): Recommender(r.model, replace(r.shelf, folder=other)).add_items(new)
     manifest = r.shelf.features.manifest; strange = r.shelf.features._replace(manifest={**manifest, 'text': {**manifest['text'], 'encoder': 'unknown', 'file': 'text_features.npy'}})
-    with pytest.raises(ImecdError, match='text_features.npy, which does not say what made it; give text of the new items'): read_new(replace(r.shelf, features=strange), new)
+    with pytest.raises(ImecdError, match='text_features.npy, which does not say what made it; give text of the new items'): read_new(replace(r.shelf, features=strange), new, {})
+    of = lambda about: replace(r.shelf, features=r.shelf.features._replace(manifest={**manifest, 'text': {**manifest['text'], **about}}))
+    assert np.array_equal(read_new(of({'fields': []}), new, {})['text'], text[-2:])
+    with pytest.raises(ImecdError, match=r'read by /no/encoder, which is not at hand .*give text \(K, F\)'): read_new(of({'encoder': '/no/encoder', 'revision': 'ab'*32}), new, {})
+    (tmp_path/'enc').mkdir(); (tmp_path/'enc'/'config.json').write_text('{}'); (tmp_path/'enc'/'model.safetensors').write_bytes(b'x')
+    with pytest.raises(ImecdError, match=r'enc at abababababab, and what is at hand is .*give text \(K, F\)'): read_new(of({'encoder': str(tmp_path/'enc'), 'revision': 'ab'*32}), new, {})
+    with pytest.raises(ImecdError, match='prepared cache and holds no texts'): read_new(replace(r.shelf, folder=tmp_path), new, {})
+    with pytest.raises(ImecdError, match='this model reads no pictures'): r.add_items(new, {'n1': 'n1.png'})
+
+
+
+def test_new_tables_of_other_types(r):
+    numbered = replace(r.shelf, items=pl.DataFrame({'item': [1, 2], 'title': ['a', 'b']}))
+    with pytest.raises(ImecdError, match='ids of this catalogue are of type Int64'): check_new(numbered, pl.DataFrame({'item': ['n1']}))
+    for title, wanted in ((['One', 'two'], 'One, two'), (5, '5')): rows = check_new(numbered, pl.DataFrame({'item': ['7'], 'title': [title]})); assert rows['item'].to_list() == [7] and rows['title'].to_list() == [wanted]
+    with pytest.raises(ImecdError, match='not a finite number in float16'): new_rows(np.ones((3, 2), np.float16), np.full((1, 2), 1e5), 1, 'text')
 
 
 def test_new_pictures_come_from_a_folder_or_by_name(r, tmp_path):
     for name, colour in (('a', 'red'), ('b', 'blue'), ('c', 'red')): image = Image.new('RGB', (64, 64), colour); image.paste('white', (8, 8, 40, 24)); image.save(tmp_path/f'{name}.png')
     shelf = replace(r.shelf, items=pl.DataFrame({'item': ['a', 'b']}), features=join_features(['a', 'b'], None, light_image([tmp_path/'a.png', tmp_path/'b.png']))); new = pl.DataFrame({'item': ['c', 'd']})
-    for images in (tmp_path, str(tmp_path), {'c': tmp_path/'c.png'}): found = read_new(shelf, new, images)['image']; assert np.allclose(found[0], shelf.features.image[1], atol=1e-3) and not found[1].any()
-    assert read_new(shelf, new) == {}
+    for images in (tmp_path, str(tmp_path), {'c': tmp_path/'c.png'}): found = read_new(shelf, new, picture_files(images))['image']; assert np.allclose(found[0], shelf.features.image[1], atol=1e-3) and not found[1].any()
+    assert read_new(shelf, new, {}) == {} == read_new(shelf, new, picture_files(tmp_path), ('image',))
+    with pytest.raises(ImecdError, match="none is of a new item; .* is named 'C', the first new item 'c'"): read_new(shelf, new, {'C': tmp_path/'c.png'})
+    assert grow_shelf(shelf, new[:1], image=shelf.features.image[1:2], pictures={'c': 'c.png'}).pictures['c'] == 'c.png'
     (tmp_path/'d.png').write_bytes(b'no picture')
-    with pytest.raises(ImecdError, match=r'd\.png: .*mend these pictures'): read_new(shelf, new, tmp_path)
+    with pytest.raises(ImecdError, match=r'd\.png: .*mend these pictures'): read_new(shelf, new, picture_files(tmp_path))
     for wrong in (tmp_path/'nowhere', np.ones((2, 251))):
-        with pytest.raises(ImecdError, match='give a folder of pictures, or a dict'): read_new(shelf, new, wrong)
+        with pytest.raises(ImecdError, match='give a folder of pictures, or a dict'): picture_files(wrong)
 
 
 def test_figures_say_what_is_missing(r):
