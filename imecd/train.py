@@ -41,7 +41,7 @@ class TrainConfig:
     weight_decay:float=0.
     average:float=2.    # epochs over which parameters are averaged before they are judged and kept, 0 for none
     clip:float=5.       # largest norm of the gradient
-    warmup:int=2        # epochs in which the condition answers alone; then the codes are placed, and only what follows can be the best
+    warmup:int=2        # epochs in which the condition answers alone; then the codes are placed, and where there is anything to place or to generate only what follows can be the best
     reverse:float=0.    # share of the rows that are read from their end, drawn anew every epoch; never at evaluation
     skip:float=0.       # share of the events that rows leave out, the same
     metric_k:int=20     # NDCG@k on validation chooses the epoch
@@ -273,7 +273,7 @@ def fit(
     show:str|None=None,     # `none`, `lines`, `terminal`, `notebook`; None for what suits the place
     trackers:Iterable[str]=(), # e.g. `tensorboard`; they need a package of that name
 )->History:
-    "Train, judge every epoch on validation, stop when it no longer gets better, keep the best (of those after the warm-up)."
+    "Train, judge every epoch on validation, stop when it no longer gets better, keep the best; of a model with codes or diffusion, the best after the warm-up."
     refuse_empty(data); say_sampled(model); c, started, rows, best = config or TrainConfig(), time.time(), [], Best(-1., 0, None); name, cases, steps = f'valid ndcg@{c.metric_k}', data.cases('valid'), data.n_targets/c.targets
     if c.shard: refuse_shards(model)
     processes, main = (ShardedProcesses if c.shard else Processes)(model), is_main(); must_see_alike(processes, f'{folder}, what is stored', stored_state(folder)); keeper = Keeper(folder, resume, {} if folder is None else belonging(model, data, c), main)
