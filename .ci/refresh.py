@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import oxipng
 import torch
 from nbclient import NotebookClient
 from nbdev.clean import clean_nb, process_write
@@ -49,7 +50,7 @@ def smaller(png):
     for colours in (16, 32, 64, 128, 256):
         few = picture.quantize(colours, dither=Image.Dither.NONE)
         if not ink.any() or ((np.asarray(few.convert('RGB'))-true)[ink]**2).mean() < 16: break
-    few.save(out, 'png', optimize=True); return base64.b64encode(out.getvalue()).decode()
+    few.save(out, 'png'); return base64.b64encode(oxipng.optimize_from_memory(out.getvalue(), level=4)).decode()
 
 
 def refresh(path, flags):
