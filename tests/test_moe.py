@@ -1,6 +1,7 @@
 "ID-guided experts: agreement, gates, trust, and what the room must never do."
 import warnings
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -319,3 +320,9 @@ def test_pictures_take_plain_data():
         assert 'image' in plot_gates(out.gates[:3, 1:], out.trust[:3, 1:], list('abc'), names=('image',)).get_xlabel()
         plot_trust(out.trust, ~present, present); plot_load(out.gates)
         plot_load(out.gates[:1]); plot_shuffled({'gates': [.1, .2], 'trust': [.1]}, .3)
+
+
+def test_gates_of_what_is_missing_are_white_and_say_so():
+    ax = plot_gates(torch.full((2, 2, 4), .25), torch.tensor([[.9, .8], [.7, 0.]]), ['both', 'no picture'])
+    said, strips = [t.get_text() for t in ax.texts], [float(x.get_array().sum()) for x in ax.images]; plt.close(ax.figure)
+    assert said == ['0.90', '0.70', '0.80', 'none'] and strips == [2., 1.]
