@@ -244,12 +244,12 @@ def plot_gates(
 ): # the axis
     "Gate strip of one history: which experts each item takes, and how much of them."
     from matplotlib.colors import LinearSegmentedColormap
-    gates, trust = gates.detach().cpu(), trust.detach().cpu(); n, m, e = gates.shape; step, names = e+1.6, names[:m]
+    trust = trust.detach().cpu(); gates = gates.detach().cpu().masked_fill(trust[..., None] == 0, 0); n, m, e = gates.shape; step, names = e+1.6, names[:m]  # only what is missing is trusted by exactly nothing
     ax = new_axes(ax, figsize=(7, .25*n+.8)); ax.grid(False)
     for k, name in enumerate(names):
         shade = LinearSegmentedColormap.from_list(name, ['white', COLOURS[name]])
-        ax.imshow(gates[:, k].masked_fill(trust[:, k, None] == 0, 0).numpy(), cmap=shade, vmin=0, vmax=float(gates.max()), extent=(k*step, k*step+e, n-.5, -.5), aspect='auto')
-        for i in range(n): ax.text(k*step+e+.1, i, f'{float(trust[i, k]):.2f}' if trust[i, k] else 'none', va='center', fontsize=7)  # only what is missing is trusted by exactly nothing
+        ax.imshow(gates[:, k].numpy(), cmap=shade, vmin=0, vmax=float(gates.max()), extent=(k*step, k*step+e, n-.5, -.5), aspect='auto')
+        for i in range(n): ax.text(k*step+e+.1, i, f'{float(trust[i, k]):.2f}' if trust[i, k] else 'none', va='center', fontsize=7)
     for i, picture in enumerate(pictures or []):
         if picture is not None: ax.imshow(picture, extent=(-1.1, -.1, i+.46, i-.46), aspect='auto')
     ax.set_xlim(-1.2 if pictures else -.2, m*step); ax.set_ylim(n-.5, -.5); ax.tick_params(length=0)

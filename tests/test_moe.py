@@ -323,6 +323,7 @@ def test_pictures_take_plain_data():
 
 
 def test_gates_of_what_is_missing_are_white_and_say_so():
-    ax = plot_gates(torch.full((2, 2, 4), .25), torch.tensor([[.9, .8], [.7, 0.]]), ['both', 'no picture'])
+    gates = torch.full((2, 2, 4), .25); gates[1, 1] = torch.tensor([.01, .97, .01, .01])  # hidden, so no measure of what is dark
+    ax = plot_gates(gates, torch.tensor([[.9, .8], [.7, 0.]]), ['both', 'no picture'])
     said, strips = [t.get_text() for t in ax.texts], [float(x.get_array().sum()) for x in ax.images]; plt.close(ax.figure)
-    assert said == ['0.90', '0.70', '0.80', 'none'] and strips == [2., 1.]
+    assert said == ['0.90', '0.70', '0.80', 'none'] and strips == [2., 1.] and 'darkest: 0.25' in ax.get_title(loc='left')
