@@ -13,7 +13,7 @@ from torch import Tensor
 from .core import DAY, ITEM, ORDER, PAD, TIME, USER, ImecdError, digest
 from .files import look, nearest, read_table, short
 from .features import Features
-from .batch import Batch, SequenceData
+from .batch import Batch, SequenceData, block_sizes
 from .ranking import best, block_rows
 from .content import find_pictures
 from .towers import pack_histories
@@ -130,8 +130,8 @@ def top_items(
     "The best items of each history."
     order, out = sorted(range(len(rows)), key=lambda r: len(rows[r])), []     # neighbours of one length waste no padding
     step = block_rows(len(shelf)+1, 'cpu')
-    for a in range(0, len(rows), 512):
-        some = [rows[r] for r in order[a:a+512]]; query = model.query(read_rows(model, shelf, some))
+    for part in torch.tensor(order).split(block_sizes(torch.tensor([min(len(rows[r]), shelf.length) for r in order]), 512)):
+        some = [rows[r] for r in part.tolist()]; query = model.query(read_rows(model, shelf, some))
         for b in range(0, len(some), step):
             scores = model.score(query[b:b+step]).to(shelf.counts.device)
             pairs = [(r, i) for r, h in enumerate(some[b:b+step]) for i in sorted(set(h))] if exclude_seen else None

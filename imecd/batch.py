@@ -13,9 +13,9 @@ from .core import PAD, COLOURS, CYCLE, ImecdError, Part, label, new_axes, rng
 from .histories import Split, tie_starts
 
 # %% auto #0
-__all__ = ['Batch', 'Windows', 'cut_windows', 'Cases', 'SequenceData', 'ties_left', 'sequence_data', 'epoch_rows', 'gather_rows',
-           'runs_left', 'vary_rows', 'plot_batch', 'make_cases', 'gather_history', 'last_ties', 'pad_rows',
-           'unpad_rows', 'plot_padding', 'Turn', 'take_part']
+__all__ = ['Batch', 'Windows', 'cut_windows', 'Cases', 'block_sizes', 'SequenceData', 'ties_left', 'sequence_data', 'epoch_rows',
+           'gather_rows', 'runs_left', 'vary_rows', 'plot_batch', 'make_cases', 'gather_history', 'last_ties',
+           'pad_rows', 'unpad_rows', 'plot_padding', 'Turn', 'take_part']
 
 # %% ../nbs/03a_batch.ipynb #ea15add8
 class Batch(NamedTuple):
@@ -78,6 +78,17 @@ def _flat(
     positions = torch.arange(total, device=start.device) - shift[1]
     return shift[0]+positions, positions, offsets
 
+# %% ../nbs/03a_batch.ipynb #b10c5125
+def block_sizes(
+    lengths:Tensor,   # (R,) what is read of each row, rising
+    most:int,         # rows of a block
+    places:int=2**13, # of its rectangle: rows times the longest; one row may have more
+)->list[int]: # rows of each block, one after the other
+    "Fewer rows where they are long, so that what is computed of a block stays in a processor's cache."
+    sizes, left, count = [], lengths.cpu(), torch.arange(1, most+1)
+    while len(left): n = max(1, int((left[:most]*count[:len(left)] <= places).sum())); sizes.append(n); left = left[n:]
+    return sizes
+
 # %% ../nbs/03a_batch.ipynb #4896efef
 @dataclass(frozen=True)
 class SequenceData:
@@ -112,15 +123,18 @@ class SequenceData:
 
     def tie_cases(self)->Cases: return make_cases(self, *last_ties(self.split))  # every event of a user's last tie group that was not trained on, asked after what precedes the group
 
-    def by_length(self, cases:Cases)->Tensor: return (cases.stops-self.offsets[cases.users]).clamp(max=self.length).argsort(stable=True)  # (Q,) questions in the order of what is read
+    def read_lengths(self, cases:Cases)->Tensor: return (cases.stops-self.offsets[cases.users]).clamp(max=self.length)  # (Q,) how much is read of each history
+
+    def by_length(self, cases:Cases)->Tensor: return self.read_lengths(cases).argsort(stable=True)  # (Q,) questions in the order of what is read
+
+    def blocks(self, cases:Cases, order:Tensor, most:int=1024)->tuple[Tensor, ...]: return order.split(block_sizes(self.read_lengths(cases)[order], most) if self.device.type == 'cpu' else most)  # questions that are read together
 
     def history(self, cases:Cases, rows:slice|Tensor=slice(None))->Batch: return gather_history(self, cases.users[rows], cases.stops[rows])  # what a model sees: the last `length` items of each history
 
     def seen(self, cases:Cases, rows:slice|Tensor=slice(None))->tuple[Tensor, Tensor]:
         "The whole history of each question: items (K,), offsets (R+1,)."
         start = self.offsets[cases.users[rows]]; counts = cases.stops[rows]-start
-        flat, _, offsets = _flat(start, counts, int(counts.sum()))
-        return self.events[flat].long(), offsets
+        flat, _, offsets = _flat(start, counts, int(counts.sum())); return self.events[flat].long(), offsets
 
     def counts(self)->Tensor:
         "Training events of each item (N+1,)."

@@ -197,7 +197,7 @@ def evaluate(
     model,               # with methods `query(batch)` and `score(query[a:b])`
     data:SequenceData,   # the histories
     cases:Cases,         # the questions, `data.cases('test')`
-    batch_size:int=1024, # histories read at once; the result does not depend on it
+    batch_size:int=1024, # histories read at once, at most; the result does not depend on it
     k:int=10,            # length of the lists
     budget:int|None=None, # scores alive at one time, at least one row; None for what suits the device
 )->Evaluation:
@@ -205,7 +205,7 @@ def evaluate(
     if not len(cases.users): raise ImecdError('no question to ask: nobody has a target in this split')
     n = data.n_items+1; parts, step, order = [], block_rows(2*n if budget else n, data.device.type, budget), data.by_length(cases); back = order.argsort()
     with at_rest(model):
-        for rows in progress(order.split(batch_size), 'evaluating', 'batch'):
+        for rows in progress(data.blocks(cases, order, batch_size), 'evaluating', 'batch'):
             query = model.query(data.history(cases, rows))
             for a in range(0, len(rows), step): parts.append(_answer(model, query[a:a+step], data, cases, rows[a:a+step], k))
     users, length = cases.users.cpu(), data.offsets.diff()[cases.users].cpu()

@@ -62,14 +62,14 @@ def validate(
     model:IMECD,       # what is judged; stays in the mode that it has
     data:SequenceData, # the histories
     cases:Cases,       # Q questions
-    batch_size:int=1024, # histories at once; the ranks do not depend on it
+    batch_size:int=1024, # histories at once, at most; the ranks do not depend on it
     processes:Processes|None=None, # that share the questions
 )->tuple[Tensor, Tensor|None]: # ranks (Q,), 1 is best, history kept; codes (Q, S) or (Q, S, levels) of the last states, None without codes
     "Ranks of the targets and codes of the histories, dropout off; histories of like length are read together."
     order, step = data.by_length(cases), block_rows(data.n_items+1, data.device.type); back = order.argsort()
     def ask(order):
         found, codes = [], []
-        for rows in order.split(batch_size):
+        for rows in data.blocks(cases, order, batch_size):
             query = model.query(data.history(cases, rows)); codes.append(query.codes)
             for a in range(0, len(rows), step): found.append(ranks(model.score(query[a:a+step]), cases.targets[rows[a:a+step]]).kept)
         return torch.cat(found), None if codes[0] is None else torch.cat(codes)

@@ -1,11 +1,13 @@
 "Batches: the same questions as every prefix, nothing lost, nothing leaked."
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
-from imecd.batch import vary_rows, cut_windows, pad_rows, sequence_data, unpad_rows
+from imecd.batch import block_sizes, vary_rows, cut_windows, pad_rows, sequence_data, unpad_rows
 from imecd.core import PAD, ImecdError
 from imecd.histories import leave_one_out, load_interactions
 
@@ -147,3 +149,10 @@ def test_a_tie_group_is_that_of_the_row_as_it_is_read(made):
     data = made([8], ties=np.array([0, 0, 1, 1, 1, 2, 2, 2])); d = sequence_data(leave_one_out(data), 10); rows = np.array([0])
     look = lambda turned, kept: vary_rows(d, rows, np.array([turned]), np.array(kept, bool)).tied.tolist()
     assert look(False, [1]*8) == next(d.epoch(0, 0)).tied.tolist() == [0, 2, 1, 0, 0] and look(True, [1]*8) == [2, 1, 0, 1, 0] and look(False, [1, 1, 1, 0, 1, 1, 1, 1]) == [0, 1, 0, 0]
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 20), st.integers(1, 200))
+def test_blocks_hold_every_row_once_and_no_more_than_they_may(lengths, most, places):
+    lengths = torch.tensor(sorted(lengths), dtype=torch.long); sizes = block_sizes(lengths, most, places); assert sum(sizes) == len(lengths) and all(1 <= n <= most for n in sizes)
+    parts = lengths.split(sizes) if sizes else []; assert all(n == 1 or n*int(part.max()) <= places for n, part in zip(sizes, parts))
+    for part, after in pairwise(parts): assert len(part) == most or (len(part)+1)*int(after[0]) > places  # none is smaller than it must be
