@@ -6,7 +6,7 @@
 from __future__ import annotations
 from numbers import Integral
 from typing import NamedTuple
-import dataclasses, torch
+import dataclasses, itertools, numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .core import COLOURS, MODALITIES, PAD, STREAMS, ImecdError, Part, label, new_axes, wide
@@ -255,7 +255,7 @@ def pack_histories(
         if not len(h): raise ImecdError(f'history {r} is empty; a history needs at least one item')
         if not (set(map(type, h)) == {int} and 1 <= min(h) and max(h) <= n_items) and (bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]):
             raise ImecdError(f"history {r}: {bad[0]!r} is no item; ids go from 1 to {n_items}, in the order of the data set's items")
-    items, n = torch.tensor([int(i) for h in histories for i in h[-length:]]), torch.tensor([min(len(h), length) for h in histories]); offsets = torch.cat([n.new_zeros(1), n.cumsum(0)])
+    items, n = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(h[-length:] for h in histories), np.int64)), torch.tensor([min(len(h), length) for h in histories]); offsets = torch.cat([n.new_zeros(1), n.cumsum(0)])
     users = torch.zeros(len(n), dtype=torch.long) if users is None else users  # alone or in company, a history gets one answer
     return Batch(users, items, torch.full_like(items, PAD), torch.arange(len(items))-torch.repeat_interleave(offsets[:-1], n), offsets)
 
