@@ -20,10 +20,20 @@ from nbdev.serve import proc_nbs
 PROC = Path('_proc')
 
 
+def unlinked(text):
+    "Code without links: inside a fence nbdev's would be read as they are written."
+    return re.sub(r'^```python\n.*?^```$', lambda fence: re.sub(r'\[(`[^`]+`)\]\([^)\s]*\)', r'\1', fence[0]), text, flags=re.S | re.M)
+
+
 def processed():
     "nbdev's own half of the site: front matter, signatures, directives."
     proc_nbs(n_workers=0, force=True)
-    return sorted(p for p in PROC.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    for path in (p for p in PROC.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts):
+        nb = nbformat.read(path, 4)
+        for cell in nb.cells:
+            for o in cell.get('outputs', ()):
+                if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = unlinked(''.join(o.data['text/markdown']))
+        nbformat.write(nb, path)
 
 
 def without_front_matter(text): return re.sub(r'\A---\n.*?\n---\n', '', text, flags=re.S).strip()+'\n'
