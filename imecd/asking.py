@@ -130,7 +130,8 @@ def top_items(
     "The best items of each history."
     order, out = sorted(range(len(rows)), key=lambda r: len(rows[r])), []     # neighbours of one length waste no padding
     step = block_rows(len(shelf)+1, 'cpu')
-    for part in torch.tensor(order).split(block_sizes(torch.tensor([min(len(rows[r]), shelf.length) for r in order]), 512)):
+    sizes = block_sizes(torch.tensor([min(len(rows[r]), shelf.length) for r in order]), 512) if getattr(model, 'bias', shelf.counts).device.type == 'cpu' else 512
+    for part in torch.tensor(order).split(sizes):
         some = [rows[r] for r in part.tolist()]; query = model.query(read_rows(model, shelf, some))
         for b in range(0, len(some), step):
             scores = model.score(query[b:b+step]).to(shelf.counts.device)

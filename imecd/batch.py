@@ -127,7 +127,7 @@ class SequenceData:
 
     def by_length(self, cases:Cases)->Tensor: return self.read_lengths(cases).argsort(stable=True)  # (Q,) questions in the order of what is read
 
-    def blocks(self, cases:Cases, order:Tensor, most:int=1024)->tuple[Tensor, ...]: return order.split(block_sizes(self.read_lengths(cases)[order], most) if self.device.type == 'cpu' else most)  # questions that are read together
+    def blocks(self, cases:Cases, order:Tensor, most:int=1024)->tuple[Tensor, ...]: return order.split(block_sizes(self.read_lengths(cases)[order], most) if self.device.type == 'cpu' else most)  # questions that are read together; `order` is that of their lengths
 
     def history(self, cases:Cases, rows:slice|Tensor=slice(None))->Batch: return gather_history(self, cases.users[rows], cases.stops[rows])  # what a model sees: the last `length` items of each history
 

@@ -18,6 +18,7 @@ from PIL import Image
 from imecd.arrivals import check_new, grow_shelf, new_rows, picture_files, read_new
 from imecd.asking import find_title, history_keys, table_histories
 from imecd.baselines import fit_baseline
+from imecd.batch import block_sizes
 from imecd.content import light_image
 from imecd.core import ImecdError
 from imecd.explain import clean, explain_history, page, plot_trusts, safe, thumbnail
@@ -58,6 +59,13 @@ def test_alone_or_in_company_a_history_gets_one_answer(r, shop):
     for user in events['user'].unique(maintain_order=True)[:20]:
         own = events.filter(user=user).sort('timestamp', maintain_order=True); alone = r.recommend_table(own, 5)
         assert alone['item'].to_list() == many.filter(user=user)['item'].to_list(); np.testing.assert_allclose(alone['score'], many.filter(user=user)['score'], atol=1e-4)
+
+
+def test_answers_do_not_depend_on_the_blocks(r, shop, monkeypatch):
+    events, met = pl.read_parquet(shop/'interactions.parquet'), []; whole = r.recommend_table(events, 5)
+    def small(lengths, most): met.append(block_sizes(lengths, most, 40)); return met[-1]
+    monkeypatch.setattr('imecd.asking.block_sizes', small); parts = r.recommend_table(events, 5)
+    assert len(met[0]) > 10 and whole['user'].equals(parts['user']) and np.allclose(whole['score'], parts['score'], atol=1e-5) and (whole['item'] == parts['item']).mean() > .98  # scores nearer than rounding may change places
 
 
 def test_only_what_is_read_matters(r):
