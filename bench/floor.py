@@ -1,15 +1,18 @@
 """How far is a training epoch, and an evaluation, from the time of its bare matrix products?
 
 The floor is measured, not assumed: every matrix product that a room or a step really does is recorded with its shapes, and timed alone, in the same process.
-A fused kernel of attention counts as its two products. What stands above the floor is everything else: softmax, norms, dropout, gathering, the optimiser, Python. bfloat16 is measured where the processor has instructions for it (AVX512). A step is the median of 16 over the mean floor of three of them, an evaluation the median of three.
+A fused kernel of attention counts as its two products, its gradient as four. What stands above the floor is everything else: softmax, norms, dropout, gathering, the optimiser, Python.
+An evaluation answers parts of the questions side by side, so each of its products may be made by all cores together, or by each core at one time another; the faster way counts. bfloat16 is measured where the processor has instructions for it (AVX512). A step is the median of 16 over the mean floor of three of them, an evaluation the median of three.
 """
 import itertools
 import json
 import math
 import os
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,7 +27,7 @@ from imecd.train import TrainConfig, running_mean, train_epoch, validate
 
 DATA = Path(os.environ.get('IMECD_DATA', 'data'))
 BF16 = 'AVX512' in torch.backends.cpu.get_cpu_capability()  # without it a processor multiplies bfloat16 number by number, and what that takes says nothing
-PRODUCTS, FUSED = {'mm', 'addmm', 'bmm', 'baddbmm'}, '_scaled_dot_product_flash_attention_for_cpu'
+PRODUCTS, FUSED = {'mm', 'addmm', 'bmm', 'baddbmm'}, '_scaled_dot_product_flash_attention_for_cpu'  # the gradient's name ends in `_backward`
 
 
 class Recorder(TorchDispatchMode):
@@ -34,8 +37,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in PRODUCTS: a, b = args[-2:]; self.found[tuple(a.shape), tuple(b.shape), a.dtype] += 1
-        if name == FUSED:                                                          # two products in one kernel: queries with keys, weights with values
-            q, k, v = (tuple(x.flatten(0, 1).shape) for x in args[:3]); self.found[q, (k[0], k[2], k[1]), args[0].dtype] += 1; self.found[(*q[:2], k[1]), v, args[0].dtype] += 1
+        if name.startswith(FUSED):                                                 # queries with keys, weights with values; of the gradient each with two others
+            q, k, v = (tuple(x.flatten(0, 1).shape) for x in args[name != FUSED:][:3]); n = 1 if name == FUSED else 2
+            self.found[q, (k[0], k[2], k[1]), args[0].dtype] += n; self.found[(*q[:2], k[1]), v, args[0].dtype] += n
         return func(*args, **(kwargs or {}))
 
 
@@ -48,19 +52,37 @@ def timed(f, n=7):
     return median(out)
 
 
-def bare(found):
-    "Seconds of the products alone, each as fast as it goes (into a new table, or into one that is there and whose rows are aligned), and their floating-point operations."
+def recorded(f):
+    "The products of f, made by one thread: what others do is not seen here."
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    try:
+        with Recorder() as r: f()
+    finally: torch.set_num_threads(threads)
+    return r.found
+
+
+def abreast(f, n=5):
+    "Seconds of f where each core does one at one time."
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool: took = timed(lambda: list(pool.map(lambda _: f(), range(threads))), n)/threads
+    torch.set_num_threads(threads); return took
+
+
+def bare(found, apart=False):
+    "Seconds of the products alone, each as fast as it goes (into a new table, or into one that is there and whose rows are aligned; `apart`: or one on each core), and their floating-point operations."
     total, work = 0., 0
     for (a, b, kind), n in found.items():
-        x, y, f = torch.randn(a).to(kind), torch.randn(b).to(kind), torch.mm if len(a) == 2 else torch.bmm; room = aligned(math.prod(a[:-1]), b[-1], x).unflatten(0, a[:-1])
-        total += n*min(timed(lambda: x@y, 5), timed(lambda: f(x, y, out=room), 5)); work += n*2*x.numel()*b[-1]
+        x, y, f = torch.randn(a).to(kind), torch.randn(b).to(kind), torch.mm if len(a) == 2 else torch.bmm; new = lambda: aligned(math.prod(a[:-1]), b[-1], x).unflatten(0, a[:-1]); room, own = new(), threading.local()
+        def into():
+            if not hasattr(own, 'room'): own.room = new()
+            return f(x, y, out=own.room)
+        ways = [timed(lambda: x@y, 5), timed(lambda: f(x, y, out=room), 5), *([abreast(lambda: x@y), abreast(into)] if apart else [])]; total += n*min(ways); work += n*2*x.numel()*b[-1]
     return total, work
 
 
 def room(f):
     "Milliseconds of a room, forward and backward, and how far above its products it is."
-    with Recorder() as r: f()
-    floor, work = bare(r.found); took = timed(f); return {'ms': 1e3*took, 'products_ms': 1e3*floor, 'GFLOP': work/1e9, 'ratio': took/floor}
+    floor, work = bare(recorded(f)); took = timed(f); return {'ms': 1e3*took, 'products_ms': 1e3*floor, 'GFLOP': work/1e9, 'ratio': took/floor}
 
 
 def rooms(model, batch):
@@ -81,14 +103,12 @@ def measure(name, bf16=False):
     data = load_split(DATA/name, 'leave_one_out', 50); config, _ = configure_preset('imecd', {}, 50, 0); train = TrainConfig(warmup=0, bf16=bf16)
     features = stream_features(DATA/name, config.streams); model = IMECD.of(cut_streams(config, False, features)[0], data, features); model.place_codes(data); model.train()
     optimiser = torch.optim.Adam(model.parameters(), 1e-3, fused=True); running_mean(model, optimiser, 100); batches = list(itertools.islice(data.epoch(0, 0), 16))
-    step = lambda b: train_epoch(model, [b], optimiser, train, 1); step(batches[0]); took, floors = [], []
+    step = lambda b: train_epoch(model, [b], optimiser, train, 1); step(batches[0]); took = []
     for b in batches: start = time.perf_counter(); step(b); took.append(time.perf_counter()-start)
-    for b in batches[:3]:
-        with Recorder() as r: step(b)
-        floors.append(bare(r.found))
+    floors = [bare(recorded(lambda b=b: step(b))) for b in batches[:3]]
     floor, work = (sum(x)/3 for x in zip(*floors)); steps = data.n_targets/1024; cases = data.cases('valid'); cases = type(cases)(*(x[:8192] for x in cases))
-    with Recorder() as r: validate(model, data, cases)
-    ask_floor, ask_work = bare(r.found); ask = timed(lambda: validate(model, data, cases), 3); share = len(data.cases('valid').users)/len(cases.users)
+    def judge(): model.cache = None; validate(model, data, cases)                  # the items anew, as after an epoch
+    ask_floor, ask_work = bare(recorded(judge), apart=True); ask = timed(judge, 3); share = len(data.cases('valid').users)/len(cases.users)
     out = {f'{name}{", bfloat16" if bf16 else ""}': {'epoch_s': median(took)*steps, 'epoch_floor_s': floor*steps, 'epoch_over_floor': median(took)/floor, 'epoch_TFLOP': work*steps/1e12, 'GFLOP/s_of_products': work/floor/1e9,
            'evaluation_s': ask*share, 'evaluation_floor_s': ask_floor*share, 'evaluation_over_floor': ask/ask_floor, 'evaluation_TFLOP': ask_work*share/1e12}}
     return out, {} if bf16 else {f'{name}, {k}': v for k, v in rooms(model, batches[0]).items()}

@@ -37,6 +37,7 @@ class Layout(NamedTuple):
     place: Tensor # (P,) row * longest + position in the row
     rows: int     # R
     longest: int  # positions of the longest row
+    back: Tensor  # (R*longest,) the packed position at each place; where a row has ended, its last one
 
     @property
     def positions(self)->Tensor: return self.place % self.longest  # (P,) counted from the left of each row
@@ -47,11 +48,13 @@ def lay_out(
     total:int,      # P, the positions that there are
 )->Layout:
     "Lay rows out from the left; offsets that do not belong to the positions are refused."
-    ends = offsets.tolist(); lengths = [b-a for a, b in pairwise(ends)]; longest = max([1, *lengths])
+    ends = offsets.tolist(); lengths = [b-a for a, b in pairwise(ends)]; longest = max([0, *lengths])
     if ends[0] or ends[-1] != total or min(lengths, default=0) < 0:
         raise ImecdError(f'offsets run from {ends[0]} to {ends[-1]}, there are {total} positions; they must rise from 0 to that number')
-    shift = torch.arange(len(lengths), device=offsets.device)*longest-offsets[:-1]                 # (R,)
-    return Layout(torch.arange(total, device=offsets.device)+torch.repeat_interleave(shift, offsets.diff(), output_size=total), len(lengths), longest)
+    rows, width = torch.arange(len(lengths), device=offsets.device), torch.arange(longest, device=offsets.device)
+    shift = torch.repeat_interleave(rows*longest-offsets[:-1], offsets.diff(), output_size=total)  # (P,)
+    back = torch.minimum(offsets[:-1, None]+width, offsets[1:, None]-1).clamp(min=0).flatten()
+    return Layout(torch.arange(total, device=offsets.device)+shift, len(lengths), longest, back)
 
 # %% ../nbs/05_encoder.ipynb #8f162b55
 class StackedLinear(nn.Module):
@@ -77,7 +80,7 @@ class StackedNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(streams, 1, dim)), nn.Parameter(torch.zeros(streams, 1, dim))
 
-    def forward(self, x:Tensor)->Tensor: return F.layer_norm(x, x.shape[-1:])*self.weight+self.bias  # (S, P, D)
+    def forward(self, x:Tensor)->Tensor: return torch.stack([F.layer_norm(v, v.shape[-1:], w[0], b[0]) for v, w, b in zip(x, self.weight, self.bias)])  # (S, P, D)
 
 # %% ../nbs/05_encoder.ipynb #bd4f3766
 class Attention(nn.Module):
@@ -93,19 +96,18 @@ class Attention(nn.Module):
     def lay(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, kD) -> (k, S*R, H, L, D/H)
         "Several maps of all positions, in the rectangle."
         (streams, _, width), dim = x.shape, self.out.weight.shape[1]
-        x = x.new_zeros(streams, layout.rows*layout.longest, width).index_copy_(1, layout.place, x)
-        return x.view(streams*layout.rows, layout.longest, width//dim, self.heads, dim//self.heads).permute(2, 0, 3, 1, 4)
+        return x.index_select(1, layout.back).view(streams*layout.rows, layout.longest, width//dim, self.heads, dim//self.heads).permute(2, 0, 3, 1, 4)
 
     def split(self, x:Tensor, layout:Layout)->Tensor: return self.lay(self.qkv(x), layout)  # (S, P, D) -> (3, S*R, H, L, D/H): queries, keys and values
 
     def forward(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (S, P, D)
-        plain = x.device.type == 'cpu' and (torch.is_grad_enabled() or x.dtype == torch.bfloat16 or torch.is_autocast_enabled('cpu'))
+        plain = x.device.type == 'cpu' and (x.dtype == torch.bfloat16 or torch.is_autocast_enabled('cpu'))
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(): y = F.scaled_dot_product_attention(*self.split(x, layout), is_causal=True)  # (S*R, H, L, D/H)
-        return self.out(y.transpose(1, 2).reshape(len(x), layout.rows*layout.longest, x.shape[-1])[:, layout.place])
+        return self.out(y.transpose(1, 2).reshape(len(x), layout.rows*layout.longest, x.shape[-1]).index_select(1, layout.place))
 
     def last(self, x:Tensor, layout:Layout, ends:Tensor)->Tensor:  # (S, P, D), (R,) -> (S, R, D)
         "The same for the last position of every row: all keys and values, one query."
-        (streams, _, dim), w, b = x.shape, self.qkv.weight, self.qkv.bias; ask = torch.baddbmm(b[..., :dim], x[:, ends], w[..., :dim])
+        (streams, _, dim), w, b = x.shape, self.qkv.weight, self.qkv.bias; ask = torch.baddbmm(b[..., :dim], x.index_select(1, ends), w[..., :dim])
         k, v = self.lay(torch.baddbmm(b[..., dim:], x, w[..., dim:]), layout); own = torch.arange(layout.longest, device=x.device) <= layout.positions[ends, None]  # (R, L)
         y = F.scaled_dot_product_attention(ask.reshape(len(k), self.heads, 1, -1), k, v, own.repeat(streams, 1)[:, None, None])
         return self.out(y.reshape(streams, -1, dim))
@@ -136,7 +138,7 @@ class Block(nn.Module):
     def feed(self, x:Tensor)->Tensor: return self.down(F.gelu(self.up(x)))  # (S, P, D) -> (S, P, D)
 
     def forward(self, x:Tensor, layout:Layout, ends:Tensor|None=None)->Tensor:  # (S, P, D) -> (S, P, D); of the positions `ends` (R,) alone: (S, R, D)
-        here, read = (x, self.attention) if ends is None else (x[:, ends], lambda x, layout: self.attention.last(x, layout, ends))
+        here, read = (x, self.attention) if ends is None else (x.index_select(1, ends), lambda x, layout: self.attention.last(x, layout, ends))
         if self.pre:
             x = here+self.dropout(read(self.norm1(x), layout))
             return x+self.dropout(self.feed(self.norm2(x)))
@@ -172,7 +174,7 @@ class SequenceEncoder(nn.Module):
         layout = lay_out(offsets, x.shape[1])
         if (n := layout.longest) > length:
             raise ImecdError(f'a row has {n} positions, this encoder reads {length}; show it the last {length}, or build it with length={n}')
-        return self.dropout(self.enter(x+self.positions[:, layout.positions])), layout
+        return self.dropout(self.enter(x+self.positions.index_select(1, layout.positions))), layout
 
     def forward(self, x:Tensor, offsets:Tensor, last:bool=False)->Tensor:  # (S, P, D), (R+1,) -> (S, P, D); with `last` the last state of each row (S, R, D)
         x, layout = self.start(x, offsets)

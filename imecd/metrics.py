@@ -12,6 +12,7 @@ from torch import Tensor
 from .core import PAD, USER, COLOURS, CYCLE, ImecdError, label, new_axes, progress, polars as pl
 from .batch import Cases, SequenceData
 from .ranking import STRIP, block_rows, both_lists, history_pairs, ranks
+from .threads import askers, shares, side_by_side
 
 # %% auto #0
 __all__ = ['KS', 'MRR_KS', 'LENGTHS', 'hr', 'ndcg', 'mrr', 'plot_discount', 'mean', 'summary', 'exposure', 'coverage', 'gini',
@@ -203,11 +204,10 @@ def evaluate(
 )->Evaluation:
     "Ask a model every question."
     if not len(cases.users): raise ImecdError('no question to ask: nobody has a target in this split')
-    n = data.n_items+1; parts, step, order = [], block_rows(2*n if budget else n, data.device.type, budget), data.by_length(cases); back = order.argsort()
-    with at_rest(model):
-        for rows in progress(data.blocks(cases, order, batch_size), 'evaluating', 'batch'):
-            query = model.query(data.history(cases, rows))
-            for a in range(0, len(rows), step): parts.append(_answer(model, query[a:a+step], data, cases, rows[a:a+step], k))
+    n = data.n_items+1; threads, order = askers(model), data.by_length(cases); back, blocks = order.argsort(), shares(data.blocks(cases, order, batch_size), threads)
+    step = block_rows(2*n, data.device.type, max(1, budget//threads)) if budget else block_rows(n, data.device.type)
+    def ask(rows): query = model.query(data.history(cases, rows)); return [_answer(model, query[a:a+step], data, cases, rows[a:a+step], k) for a in range(0, len(rows), step)]
+    with at_rest(model): parts = [x for found in progress(side_by_side(ask, blocks, threads), 'evaluating', 'batch', len(blocks)) for x in found]
     users, length = cases.users.cpu(), data.offsets.diff()[cases.users].cpu()
     rank, masked, top, top_masked = (torch.cat(x)[back.cpu()] for x in zip(*parts))
     return Evaluation(users, cases.targets.cpu(), rank, masked, length, top, top_masked)

@@ -267,18 +267,18 @@ class IMECD(Generator):
         if self.sampled: some = draw_candidates(self.chance[0], torch.cat([batch.items, y]), self.config.negatives, self.chance[1]); (rows, bias), y, mine = some, some.local(y), mine._replace(items=some.local(mine.items))
         items = self.table(y.unique(), rows); rest = self.reader.learn_codes(items, mine, turn.positions) if self.training and self.reader.vq is not None and self.reader.vq.ready else None
         q, vq = self.reader(self.reader.states(items, mine), mine, turn.positions); vq = vq if rest is None else vq._replace(lost=rest.lost); asked = places[part.own]-turn.positions.start
-        q, users = q[asked], batch.users.repeat_interleave(batch.lengths, output_size=len(batch.items))[places]; seen = None if self.again is None and not self.sampled else seen_items(mine, asked)
+        q, users = q.index_select(0, asked), batch.users.repeat_interleave(batch.lengths, output_size=len(batch.items))[places]; seen = None if self.again is None and not self.sampled else seen_items(mine, asked)
         term = lambda x: part.weight*mean_catalogue_loss(self.ask(x), items.vectors, y[part.own], bias, seen, self.repeat, strip=self.config.chunk)
         parts, cdg = {'condition': term(q)}, None
         if items.moe is not None: parts |= {'balance': items.moe.balance} | ({} if items.pseudo is None else {'pseudo': items.pseudo})
         if vq is not None: parts['vq'] = vq.loss
-        if self.cdg is not None and not warmup: cdg = self.cdg(q, items.vectors[y[part.own]], part); parts |= self.generate_terms(cdg, q, items, y, users, term, part)
+        if self.cdg is not None and not warmup: cdg = self.cdg(q, items.vectors.index_select(0, y[part.own]), part); parts |= self.generate_terms(cdg, q, items, y, users, term, part)
         weight = lambda name: 1. if name == 'condition' and cdg is None else getattr(self.config, f'w_{name}')
         return Output(sum(weight(name)*x for name, x in parts.items()), parts, items, vq, cdg)
 
     def generate_terms(self, cdg:CDGOut, q:Tensor, items:Items, y:Tensor, users:Tensor, term, part:Part)->dict[str, Tensor]:
         "What the generated vectors are taught: the target among all items, its vector, and not to be another user's."
-        c, z, x0 = self.config, items.vectors[y], cdg.x0
+        c, z, x0 = self.config, items.vectors.index_select(0, y), cdg.x0
         parts = {'generated': term(self.lengthen(x0, q)), 'mse': part.weight*(2-2*torch.cosine_similarity(x0, z[part.own].detach(), dim=-1)).mean()}
         if c.contrast == 'none': return parts
         some = torch.randperm(len(y), device=y.device)[:1024]; told = contrastive_loss(part.pick(x0, some), z[some], y[some], c.contrast_temperature, c.contrast, users[some], part.among(some))

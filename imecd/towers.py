@@ -217,7 +217,7 @@ class UserTower(nn.Module):
         if self.vq is not None: self.vq.eval()
         return self
 
-    def states(self, items:Items, batch:Batch, last:bool=False)->Tensor: return self.encoder(items.read[:, batch.items], batch.offsets, last)  # (S, P, D), or the last of each row (S, R, D)
+    def states(self, items:Items, batch:Batch, last:bool=False)->Tensor: return self.encoder(items.read.index_select(1, batch.items), batch.offsets, last)  # (S, P, D), or the last of each row (S, R, D)
     def coded(self, h:Tensor, batch:Batch)->Tensor: return mean_so_far(h, batch) if self.pooled else h  # (S, P, D) what the codes describe
 
     @torch.no_grad()

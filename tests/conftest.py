@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from imecd.cli import main
 from imecd.histories import Interactions
@@ -32,6 +33,13 @@ def real():
 def shop(tmp_path_factory):
     "A small shop without pictures."
     return make_shop(tmp_path_factory.mktemp('shop')/'shop', n_users=400, n_items=100, pictures=False)
+
+
+@pytest.fixture
+def threads():
+    "Torch with so many threads, and as it was afterwards."
+    before = torch.get_num_threads(); yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 import math
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from itertools import product
 from pathlib import Path
@@ -10,6 +12,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from imecd.batch import sequence_data
@@ -19,6 +23,7 @@ from imecd.metrics import (Evaluation, by_user, coverage, evaluate, gini, hr, il
                            plot_slices, popularity, quarters, slices, summary, user_means)
 from imecd.ranking import STRIP, best, block_rows, distinct, history_pairs, rank_dot, ranks
 from imecd.significance import bootstrap, compare, holm, paired, plot_compare, users_needed
+from imecd.threads import askers, shares, side_by_side
 
 
 def slow_rank(scores, target, gone=()):
@@ -293,6 +298,46 @@ def test_a_module_is_asked_at_rest_and_put_back(made):
     model.fault = 'raise'
     with pytest.raises(KeyError): evaluate(model, data, cases)
     assert model.training and not model.frozen.training
+
+
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_parts_are_answered_in_order_with_one_core_each(n, threads):
+    threads(n); seen, lock = [], threading.Barrier(min(n, 4), timeout=60)
+    def work(k):
+        if k and n > 1: lock.wait()                                                # nobody gets on before all are at work
+        seen.append(threading.get_ident()); return k, torch.get_num_threads(), torch.is_grad_enabled(), torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu')
+    with torch.no_grad(), torch.autocast('cpu', torch.float16): found = list(side_by_side(work, range(13), n))
+    assert [x[0] for x in found] == list(range(13)) and {x[1] for x in found[1:]} == {1} and {x[2:] for x in found} == {(False, True, torch.float16)}
+    assert min(n, 4) <= len({*seen[1:]} - {threading.get_ident()}) <= n if n > 1 else {*seen} == {threading.get_ident()}
+    assert torch.get_num_threads() == n and list(side_by_side(work, [], n)) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(0, 400), most=st.integers(1, 200), cores=st.integers(1, 16))
+def test_shares_are_the_same_questions_in_order(n, most, cores):
+    parts = torch.arange(n).split(most) if n else []; found = shares(parts, cores)
+    assert torch.equal(torch.cat([torch.arange(0), *found]), torch.arange(n)) and all(0 < len(p) <= most for p in found)
+    if cores > 1 and n: assert len(found[0]) == 1 and len(found) > min(2*cores, (n-1)//max(16, most))
+
+
+def test_a_part_that_fails_stops_the_others(threads):
+    threads(2); met = []
+    def work(k): met.append(k); time.sleep(.01); return 1//(k-3)
+    with pytest.raises(ZeroDivisionError): list(side_by_side(work, range(500), 2))
+    assert len(met) < 100 and torch.get_num_threads() == 2
+
+
+def test_only_modules_on_a_processor_are_asked_by_several(threads, monkeypatch):
+    threads(3); assert askers(Module(5)) == 3 and askers(Noise(5)) == 1 and askers(Module(5).to('meta')) == 1
+    threads(40); assert askers(Module(5)) == 16
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True); assert askers(Module(5)) == 1
+
+
+def test_several_threads_find_the_same_answers(made, threads):
+    g = np.random.default_rng(3); data = sequence_data(leave_one_out(made(g.integers(3, 30, 90)))); cases, found = data.cases('test'), []
+    model = Module(data.n_items)
+    for n in (1, 2, 4): threads(n); found += [evaluate(model, data, cases, size, budget=budget) for size, budget in ((7, None), (16, 2*41*6))]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
 def test_what_a_model_must_not_do_is_named(made):

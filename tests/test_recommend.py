@@ -61,8 +61,9 @@ def test_alone_or_in_company_a_history_gets_one_answer(r, shop):
         assert alone['item'].to_list() == many.filter(user=user)['item'].to_list(); np.testing.assert_allclose(alone['score'], many.filter(user=user)['score'], atol=1e-4)
 
 
-def test_answers_do_not_depend_on_the_blocks(r, shop, monkeypatch):
-    events, met = pl.read_parquet(shop/'interactions.parquet'), []; whole = r.recommend_table(events, 5)
+@pytest.mark.parametrize('n', [1, 3])
+def test_answers_do_not_depend_on_blocks_and_threads(r, shop, monkeypatch, threads, n):
+    events, met = pl.read_parquet(shop/'interactions.parquet'), []; whole = r.recommend_table(events, 5); threads(n)
     def small(lengths, most): met.append(block_sizes(lengths, most, 40)); return met[-1]
     monkeypatch.setattr('imecd.asking.block_sizes', small); parts = r.recommend_table(events, 5)
     assert len(met[0]) > 10 and whole['user'].equals(parts['user']) and np.allclose(whole['score'], parts['score'], atol=1e-5) and (whole['item'] == parts['item']).mean() > .98  # scores nearer than rounding may change places

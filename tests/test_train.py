@@ -125,12 +125,13 @@ def test_one_seed_one_training(name, data, features):
     assert not torch.equal(found[0][0]['table.ids'], found[2][0]['table.ids'])
 
 
-def test_several_threads_add_up_in_one_order():
+@pytest.mark.parametrize('take', [lambda x, rows: x[rows], lambda x, rows: x.index_select(0, rows), lambda x, rows: x[None].index_select(1, rows)], ids=['index', 'select', 'of each stream'])
+def test_several_threads_add_up_in_one_order(take):
     "Gradients of an item that occurs often are added up in one order, however many threads do it; outside of a training torch is as it was."
     g, threads, found = torch.Generator().manual_seed(0), torch.get_num_threads(), []; x, rows, w = torch.zeros(50, 64, requires_grad=True), torch.randint(50, (20_000,), generator=g), torch.randn(20_000, 64, generator=g)
     torch.set_num_threads(2)
     try:
-        with own_randomness(x.device): found = [torch.autograd.grad((x[rows]*w).sum(), x)[0] for _ in range(20)]
+        with own_randomness(x.device): found = [torch.autograd.grad((take(x, rows)*w).sum(), x)[0] for _ in range(20)]
     finally: torch.set_num_threads(threads)
     assert all(torch.equal(found[0], y) for y in found[1:]) and not torch.are_deterministic_algorithms_enabled()
 
@@ -221,9 +222,10 @@ def test_bfloat16_trains(data, features):
     full = model_of(data, features); quietly(full, data, RUN); assert abs(ndcg_of(m, data)-ndcg_of(full, data)) < .15
 
 
-def test_validation_is_that_of_evaluate(trained, data):
+@pytest.mark.parametrize('n', [1, 3])
+def test_validation_is_that_of_evaluate(trained, data, threads, n):
     "The loop's ranks are those of the shared protocol, and it leaves the model in the mode that it had."
-    m, _ = trained; cases = data.cases('valid')
+    m, _ = trained; cases = data.cases('valid'); threads(n)
     for mode in (True, False):
         m.train(mode); r = validate(m, data, cases, 32)[0]; assert m.training == mode
         assert torch.equal(r.cpu(), evaluate(m, data, cases).rank)
