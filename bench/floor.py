@@ -1,6 +1,6 @@
 """How far is a training epoch, and an evaluation, from the time of its bare matrix products?
 
-The floor is measured, not assumed: every matrix product that a room or a step really does is recorded with its shapes, and timed alone, in the same process.
+The floor is measured, not assumed: every matrix product that a room or a step really does is recorded with its shapes (of an evaluation: as one thread makes them), and timed alone, in the same process.
 A fused kernel of attention counts as its two products, its gradient as four. What stands above the floor is everything else: softmax, norms, dropout, gathering, the optimiser, Python.
 An evaluation answers parts of the questions side by side, so each of its products may be made by all cores together, or by each core at one time another; the faster way counts. bfloat16 is measured where the processor has instructions for it (AVX512). A step is the median of 16 over the mean floor of three of them, an evaluation the median of three.
 """
@@ -53,7 +53,7 @@ def timed(f, n=7):
 
 
 def recorded(f):
-    "The products of f, made by one thread: what others do is not seen here."
+    "The products of f, made by one thread, because what others do is not seen here; so the parts of an evaluation are not cut for several."
     threads = torch.get_num_threads(); torch.set_num_threads(1)
     try:
         with Recorder() as r: f()
@@ -64,8 +64,11 @@ def recorded(f):
 def abreast(f, n=5):
     "Seconds of f where each core does one at one time."
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool: took = timed(lambda: list(pool.map(lambda _: f(), range(threads))), n)/threads
-    torch.set_num_threads(threads); return took
+    def often(_):                                                                  # so that handing over does not count
+        for _ in range(4): f()
+    try:
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool: return timed(lambda: list(pool.map(often, range(threads))), n)/(4*threads)
+    finally: torch.set_num_threads(threads)
 
 
 def bare(found, apart=False):

@@ -15,7 +15,7 @@ from .files import look, nearest, read_table, short
 from .features import Features
 from .batch import Batch, SequenceData, block_sizes
 from .ranking import best, block_rows
-from .threads import askers, shares, side_by_side
+from .threads import askers, cut_parts, side_by_side
 from .content import find_pictures
 from .towers import pack_histories
 
@@ -130,13 +130,13 @@ def top_items(
 )->tuple[Tensor, Tensor]: # (R, k) dense ids, PAD where there are no more; (R, k) scores
     "The best items of each history."
     order = sorted(range(len(rows)), key=lambda r: len(rows[r]))              # neighbours of one length waste no padding
-    step = block_rows(len(shelf)+1, 'cpu')
+    threads = askers(model); step = block_rows(len(shelf)+1, 'cpu', None, threads)
     sizes = block_sizes(torch.tensor([min(len(rows[r]), shelf.length) for r in order]), 512) if getattr(model, 'bias', shelf.counts).device.type == 'cpu' else 512
     def lists(query, some):
         scores = model.score(query).to(shelf.counts.device); pairs = [(r, i) for r, h in enumerate(some) for i in sorted(set(h))] if exclude_seen else None
         items = best(scores, k, None if pairs is None else tuple(torch.tensor(pairs).T.contiguous())); return items, scores.gather(1, items)
     def part(at): some = [rows[r] for r in at.tolist()]; query = model.query(read_rows(model, shelf, some)); return [lists(query[b:b+step], some[b:b+step]) for b in range(0, len(some), step)]
-    parts = shares(torch.tensor(order).split(sizes), n := askers(model)); out = [x for found in side_by_side(part, parts, n) for x in found]
+    parts = cut_parts(torch.tensor(order).split(sizes), threads); out = [x for found in side_by_side(part, parts, threads) for x in found]
     back = torch.tensor(order).argsort(); return tuple(torch.cat(x)[back] for x in zip(*out))
 
 # %% ../nbs/11g_asking.ipynb #cb2355df

@@ -4,14 +4,12 @@
 
 # %% ../nbs/05_encoder.ipynb #a5a312a0
 from __future__ import annotations
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from .core import COLOURS, CYCLE, Dropout, ImecdError, label, new_axes
+from .core import COLOURS, CYCLE, Dropout, ImecdError, label, new_axes, wide
 
 # %% auto #0
 __all__ = ['plot_mask', 'Layout', 'lay_out', 'StackedLinear', 'StackedNorm', 'Attention', 'Block', 'SequenceEncoder',
@@ -37,7 +35,7 @@ class Layout(NamedTuple):
     place: Tensor # (P,) row * longest + position in the row
     rows: int     # R
     longest: int  # positions of the longest row
-    back: Tensor  # (R*longest,) the packed position at each place; where a row has ended, its last one
+    back: Tensor  # (R*longest,) the packed position at each place; where a row has ended, its last one (of an empty row, one of another)
 
     @property
     def positions(self)->Tensor: return self.place % self.longest  # (P,) counted from the left of each row
@@ -80,7 +78,7 @@ class StackedNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(streams, 1, dim)), nn.Parameter(torch.zeros(streams, 1, dim))
 
-    def forward(self, x:Tensor)->Tensor: return torch.stack([F.layer_norm(v, v.shape[-1:], w[0], b[0]) for v, w, b in zip(x, self.weight, self.bias)])  # (S, P, D)
+    def forward(self, x:Tensor)->Tensor: return torch.stack([F.layer_norm(v, v.shape[-1:], w[0], b[0]) for v, w, b in zip(x, self.weight, self.bias, strict=True)])  # (S, P, D)
 
 # %% ../nbs/05_encoder.ipynb #bd4f3766
 class Attention(nn.Module):
@@ -100,9 +98,14 @@ class Attention(nn.Module):
 
     def split(self, x:Tensor, layout:Layout)->Tensor: return self.lay(self.qkv(x), layout)  # (S, P, D) -> (3, S*R, H, L, D/H): queries, keys and values
 
+    def look(self, q:Tensor, k:Tensor)->Tensor:  # (S*R, H, L, D/H) twice -> (S*R, H, L, L)
+        "How much each position takes of each other, at least in single precision."
+        future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        return wide(q@k.transpose(-1, -2)).div(q.shape[-1]**.5).masked_fill(future, -torch.inf).softmax(-1)
+
     def forward(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (S, P, D)
         plain = x.device.type == 'cpu' and (x.dtype == torch.bfloat16 or torch.is_autocast_enabled('cpu'))
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(): y = F.scaled_dot_product_attention(*self.split(x, layout), is_causal=True)  # (S*R, H, L, D/H)
+        q, k, v = self.split(x, layout); y = self.look(q, k).to(v.dtype)@v if plain else F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (S*R, H, L, D/H)
         return self.out(y.transpose(1, 2).reshape(len(x), layout.rows*layout.longest, x.shape[-1]).index_select(1, layout.place))
 
     def last(self, x:Tensor, layout:Layout, ends:Tensor)->Tensor:  # (S, P, D), (R,) -> (S, R, D)
@@ -114,10 +117,7 @@ class Attention(nn.Module):
 
     def weights(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (S, R, H, L, L)
         "Who looks at whom; rows and columns beyond a row's own length mean nothing."
-        q, k, _ = self.split(x, layout)
-        future = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=x.device).triu(1)
-        a = (q@k.transpose(-1, -2)/q.shape[-1]**.5).masked_fill(future, -torch.inf).softmax(-1)  # (S*R, H, L, L)
-        return a.view(len(x), layout.rows, *a.shape[1:])
+        a = self.look(*self.split(x, layout)[:2]); return a.view(len(x), layout.rows, *a.shape[1:])
 
 # %% ../nbs/05_encoder.ipynb #65225dc7
 class Block(nn.Module):

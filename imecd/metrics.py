@@ -12,7 +12,7 @@ from torch import Tensor
 from .core import PAD, USER, COLOURS, CYCLE, ImecdError, label, new_axes, progress, polars as pl
 from .batch import Cases, SequenceData
 from .ranking import STRIP, block_rows, both_lists, history_pairs, ranks
-from .threads import askers, shares, side_by_side
+from .threads import askers, cut_parts, side_by_side
 
 # %% auto #0
 __all__ = ['KS', 'MRR_KS', 'LENGTHS', 'hr', 'ndcg', 'mrr', 'plot_discount', 'mean', 'summary', 'exposure', 'coverage', 'gini',
@@ -200,12 +200,12 @@ def evaluate(
     cases:Cases,         # the questions, `data.cases('test')`
     batch_size:int=1024, # histories read at once, at most; the result does not depend on it
     k:int=10,            # length of the lists
-    budget:int|None=None, # scores alive at one time, at least one row; None for what suits the device
+    budget:int|None=None, # scores alive at one time, at least one row a thread; None for what suits the device
 )->Evaluation:
     "Ask a model every question."
     if not len(cases.users): raise ImecdError('no question to ask: nobody has a target in this split')
-    n = data.n_items+1; threads, order = askers(model), data.by_length(cases); back, blocks = order.argsort(), shares(data.blocks(cases, order, batch_size), threads)
-    step = block_rows(2*n, data.device.type, max(1, budget//threads)) if budget else block_rows(n, data.device.type)
+    n = data.n_items+1; threads, order = askers(model), data.by_length(cases); back, blocks = order.argsort(), cut_parts(data.blocks(cases, order, batch_size), threads)
+    step = block_rows(2*n if budget else n, data.device.type, budget, threads)
     def ask(rows): query = model.query(data.history(cases, rows)); return [_answer(model, query[a:a+step], data, cases, rows[a:a+step], k) for a in range(0, len(rows), step)]
     with at_rest(model): parts = [x for found in progress(side_by_side(ask, blocks, threads), 'evaluating', 'batch', len(blocks)) for x in found]
     users, length = cases.users.cpu(), data.offsets.diff()[cases.users].cpu()

@@ -150,9 +150,10 @@ def block_rows(
     n:int,    # scores in a row
     kind:str, # of the device
     budget:int|None=None, # scores alive at one time, None for what suits the device
+    threads:int=1, # that look at some at one time
 )->int:
-    "Rows of scores that are looked at together, at least one: on a processor about 16 MB, which its cache still holds when they are compared, but 64 rows; never more than 128 MB unless one row is."
-    return max(1, (budget or (2**25 if kind != 'cpu' else min(2**25, max(2**22, 64*n))))//n)
+    "Rows of scores that a thread looks at together, at least one: on a processor about 16 MB, which its cache still holds when they are compared, but 64 rows; all threads together never more than 128 MB unless one row for each is."
+    return max(1, (budget or (2**25 if kind != 'cpu' else min(2**25, threads*max(2**22, 64*n))))//(n*threads))
 
 # %% ../nbs/08a_ranking.ipynb #427de5a0
 def _tiles(

@@ -6,12 +6,13 @@
 from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from threading import Lock
 import torch
 from torch import Tensor, nn
 from .core import CYCLE, COLOURS, label, new_axes
 
 # %% auto #0
-__all__ = ['askers', 'shares', 'side_by_side', 'plot_shares']
+__all__ = ['CORES', 'askers', 'cut_parts', 'side_by_side', 'plot_parts']
 
 # %% ../nbs/08c_threads.ipynb #thr0007
 def askers(
@@ -22,32 +23,35 @@ def askers(
     return min(torch.get_num_threads(), 16) if apart and not (torch.distributed.is_available() and torch.distributed.is_initialized()) else 1
 
 # %% ../nbs/08c_threads.ipynb #thr0010
-def shares(
+def cut_parts(
     parts,       # of the questions, R in all; their numbers, row by row
     threads:int, # from `askers`
-)->list[Tensor]: # what several threads do: a first question alone, then two parts or more for each, of 16 questions or more
+)->list[Tensor]: # for several threads: a first question alone, then two parts or more for each where there are enough; none is cut below 16
     "Parts for several threads; for one they are as they were."
     if threads == 1 or not len(parts): return list(parts)
-    k = -(-2*threads//len(parts)); cut = lambda x: x.split(max(16, -(-len(x)//k))); first, *rest = parts
+    k = -(-2*threads//len(parts)); cut = lambda x: x.tensor_split(max(1, min(k, len(x)//16))); first, *rest = parts
     return [first[:1], *(p for x in (first[1:], *rest) for p in cut(x) if len(p))]
 
 # %% ../nbs/08c_threads.ipynb #thr0012
+CORES = Lock()  # of whoever shares them out; somebody else who asks meanwhile does all alone
+
 def side_by_side(
     work,      # a part of the questions -> its answer
-    parts,     # from `shares`
+    parts,     # from `cut_parts`
     threads:int=1, # from `askers`
 ): # the answers, in the order of the parts
     "Answer the first part, then the others on several threads, torch with one core on each."
-    parts = iter(parts); yield from map(work, parts if threads == 1 else islice(parts, 1))
-    if threads == 1: return
+    parts = iter(parts)
+    if threads == 1 or not CORES.acquire(blocking=False): yield from map(work, parts); return
     cores, slopes, cast, kind = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu')
     def begin(): torch.set_num_threads(1); torch.set_grad_enabled(slopes); torch.set_autocast_enabled('cpu', cast); torch.set_autocast_dtype('cpu', kind)  # each thread has its own
     try:
+        yield from map(work, islice(parts, 1))
         with ThreadPoolExecutor(threads, 'asking', begin) as pool: yield from pool.map(work, parts)
-    finally: torch.set_num_threads(cores)
+    finally: torch.set_num_threads(cores); CORES.release()
 
 # %% ../nbs/08c_threads.ipynb #thr0017
-def plot_shares(
+def plot_parts(
     log,      # thread, start, stop in seconds, questions of each part
     ax=None,  # axis to draw on
 ): # the axis

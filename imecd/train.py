@@ -18,7 +18,7 @@ from .vq import health, warn_collapse
 from .candidates import step_bytes
 from .model import IMECD
 from .ranking import block_rows, ranks
-from .threads import askers, shares, side_by_side
+from .threads import askers, cut_parts, side_by_side
 from .metrics import at_rest, ndcg
 from .checkpoints import Checkpoint, clear_parts, layout, load_checkpoint, must_agree, own_rows, put_back, save_checkpoint, snapshot, stored_state
 from .processes import Processes, is_main, must_see_alike
@@ -67,10 +67,10 @@ def validate(
     processes:Processes|None=None, # that share the questions
 )->tuple[Tensor, Tensor|None]: # ranks (Q,), 1 is best, history kept; codes (Q, S) or (Q, S, levels) of the last states, None without codes
     "Ranks of the targets and codes of the histories, dropout off; histories of like length are read together."
-    order, step = data.by_length(cases), block_rows(data.n_items+1, data.device.type); back = order.argsort()
+    order, threads = data.by_length(cases), askers(model); step = block_rows(data.n_items+1, data.device.type, None, threads); back = order.argsort()
     def part(rows): query = model.query(data.history(cases, rows)); return torch.cat([ranks(model.score(query[a:a+step]), cases.targets[rows[a:a+step]]).kept for a in range(0, len(rows), step)]), query.codes
     def ask(order):
-        found, codes = zip(*side_by_side(part, shares(data.blocks(cases, order, batch_size), n := askers(model)), n))
+        found, codes = zip(*side_by_side(part, cut_parts(data.blocks(cases, order, batch_size), threads), threads))
         return torch.cat(found), None if codes[0] is None else torch.cat(codes)
     with at_rest(model): r, codes = ask(order) if processes is None else processes.spread(order, ask)
     return r[back], None if codes is None else codes[back]

@@ -23,7 +23,7 @@ from imecd.metrics import (Evaluation, by_user, coverage, evaluate, gini, hr, il
                            plot_slices, popularity, quarters, slices, summary, user_means)
 from imecd.ranking import STRIP, best, block_rows, distinct, history_pairs, rank_dot, ranks
 from imecd.significance import bootstrap, compare, holm, paired, plot_compare, users_needed
-from imecd.threads import askers, shares, side_by_side
+from imecd.threads import askers, cut_parts, side_by_side
 
 
 def slow_rank(scores, target, gone=()):
@@ -312,11 +312,21 @@ def test_parts_are_answered_in_order_with_one_core_each(n, threads):
     assert torch.get_num_threads() == n and list(side_by_side(work, [], n)) == []
 
 
+def test_who_asks_meanwhile_does_all_alone_and_torch_is_as_it_was(threads):
+    threads(2); met = []
+    def inner(k): met.append(threading.get_ident()); return k
+    def outer(k): return k, threading.get_ident(), list(side_by_side(inner, range(5), 2)) == [0, 1, 2, 3, 4] and {*met[-5:]} == {threading.get_ident()} if k == 0 else True
+    assert all(ok for *_, ok in side_by_side(outer, range(4), 2)) and torch.get_num_threads() == 2
+    begun = side_by_side(lambda k: k, range(50), 2); next(begun); next(begun); other = threading.Thread(target=lambda: list(side_by_side(inner, range(9), 2))); other.start(); other.join(); begun.close()
+    assert torch.get_num_threads() == 2 and len({*met[-9:]}) == 1 and [k for k in side_by_side(lambda k: k, range(9), 2)] == [*range(9)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(0, 400), most=st.integers(1, 200), cores=st.integers(1, 16))
-def test_shares_are_the_same_questions_in_order(n, most, cores):
-    parts = torch.arange(n).split(most) if n else []; found = shares(parts, cores)
+def test_cut_parts_are_the_same_questions_in_order(n, most, cores):
+    parts = torch.arange(n).split(most) if n else []; found = cut_parts(parts, cores)
     assert torch.equal(torch.cat([torch.arange(0), *found]), torch.arange(n)) and all(0 < len(p) <= most for p in found)
+    if most >= 33: assert sum(len(p) < 16 for p in found[1:]) <= 2                  # what is left of the first and of the last part
     if cores > 1 and n: assert len(found[0]) == 1 and len(found) > min(2*cores, (n-1)//max(16, most))
 
 
@@ -324,7 +334,7 @@ def test_a_part_that_fails_stops_the_others(threads):
     threads(2); met = []
     def work(k): met.append(k); time.sleep(.01); return 1//(k-3)
     with pytest.raises(ZeroDivisionError): list(side_by_side(work, range(500), 2))
-    assert len(met) < 100 and torch.get_num_threads() == 2
+    assert len(met) < 400 and torch.get_num_threads() == 2
 
 
 def test_only_modules_on_a_processor_are_asked_by_several(threads, monkeypatch):
@@ -335,7 +345,7 @@ def test_only_modules_on_a_processor_are_asked_by_several(threads, monkeypatch):
 
 def test_several_threads_find_the_same_answers(made, threads):
     g = np.random.default_rng(3); data = sequence_data(leave_one_out(made(g.integers(3, 30, 90)))); cases, found = data.cases('test'), []
-    model = Module(data.n_items)
+    torch.manual_seed(0); model = Module(data.n_items)
     for n in (1, 2, 4): threads(n); found += [evaluate(model, data, cases, size, budget=budget) for size, budget in ((7, None), (16, 2*41*6))]
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
@@ -475,5 +485,6 @@ def test_bench_speaks_json(tmp_path):
 @pytest.mark.parametrize('kind', ['cpu', 'cuda'])
 @pytest.mark.parametrize('n', [1, 700, 12_000, 10**6, 10**8])
 def test_a_block_of_scores_takes_128_mb_at_most(n, kind):
-    rows = block_rows(n, kind); assert rows == 1 or rows*n*4 <= 128*2**20; assert block_rows(n, kind, 5*n) == 5
+    rows = block_rows(n, kind); assert rows == 1 or rows*n*4 <= 128*2**20; assert block_rows(n, kind, 5*n) == 5 and block_rows(n, kind, 10*n, 2) == 5 and block_rows(n, kind, 5*n, 16) == 1
+    assert block_rows(n, kind, None, 16) == 1 or 16*block_rows(n, kind, None, 16)*n*4 <= 128*2**20
     if kind == 'cpu' and n <= 65_536: assert 64*n >= rows*n or rows*n*4 <= 16*2**20

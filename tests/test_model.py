@@ -709,6 +709,13 @@ def test_bfloat16_is_finite_and_near(data):
         assert (parts[1][0]/parts[0][0]-1).abs() < .03 and (parts[1][1]-parts[0][1]).abs().mean() < .03*N
 
 
+def test_threads_and_bfloat16_leave_torch_as_it_was(data, threads):
+    "Attention in bfloat16 is made without torch's switches between kernels, which are of the whole process."
+    m = model_of(config(), data.counts()); cases = data.cases('test'); threads(2); switches = lambda: (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled(), torch.get_num_threads()); before = switches()
+    with torch.autocast('cpu', torch.bfloat16): found = [evaluate(m, data, cases).rank for _ in range(4)]
+    assert switches() == before and all(torch.equal(found[0], r) for r in found[1:])
+
+
 # the textbook
 
 @pytest.mark.parametrize('norm', ['pre', 'post'])
