@@ -83,20 +83,27 @@ def dense_history(
     if lost: warnings.warn(f"{where}: left out {len(lost)} of {len(found)} items that this model does not know: {', '.join(short(i, 30) for i in lost[:5])}{', ...' if len(lost) > 5 else ''}", stacklevel=3)
     return [k for _, k in found if k is not None]
 
+# %% ../nbs/11g_asking.ipynb #plain001
+def _spoken(
+    title:str, # capitals and spaces folded
+)->tuple[str, str]: # its name, the article in front; its year, or nothing
+    "What people call it: `matrix, the (1999)` is `the matrix` of `1999`."
+    name, year = re.fullmatch(r'(.*?)(?: \((\d{4})\))?', title).groups(''); return re.sub(r'^(.+), (the|an?)$', r'\2 \1', name), year
+
 # %% ../nbs/11g_asking.ipynb #1466f70a
 def find_title(
     shelf:Shelf, # of the model
     text:str,    # a title, or enough of it
 )->object: # the raw id
     "The one item of that title."
-    fold = lambda t: ' '.join(str(t).split()).casefold(); want = fold(text); titles = list(map(fold, shelf.titles[1:]))
+    fold = lambda t: ' '.join(str(t).split()).casefold(); want = fold(text); titles = list(map(fold, shelf.titles[1:])); name, year = _spoken(want); same = lambda t: (s := _spoken(t))[0] == name and year in ('', s[1])
     if not want: raise ImecdError('a title is empty; give some words of it')
-    words = re.compile(rf'(?<!\w){re.escape(want)}(?!\w)'); ways = (lambda t: t == want, lambda t: re.sub(r' \(\d{4}\)$', '', t) == want, words.search, lambda t: want in t)  # exactly, but for the year, as whole words, anywhere
+    words = re.compile(rf'(?<!\w){re.escape(want)}(?!\w)'); ways = (lambda t: t == want, same, words.search, lambda t: want in t)  # exactly, as people call it, as whole words, anywhere
     fits = next((found for way in ways if (found := [k for k, t in enumerate(titles) if way(t)])), [])
     if len(fits) == 1: return shelf.ids[fits[0]]
     if fits: raise ImecdError(f"{short(text)} fits {len(fits)} titles: {'; '.join(f'{short(shelf.titles[k+1], 50)} is {short(shelf.ids[k], 30)}' for k in fits[:5])}{'; ...' if len(fits) > 5 else ''}; give more of the title, or the id")
-    close = nearest(want, titles) if len(shelf) <= 50_000 and len(want) <= 200 else ''
-    raise ImecdError(f"no title holds {short(text)}{f'; the closest is {short(shelf.titles[titles.index(close)+1])}' if close else ''}")
+    close = nearest(name, names := [_spoken(t)[0] for t in titles]) if len(shelf) <= 50_000 and len(want) <= 200 else ''
+    raise ImecdError(f"no title holds {short(text)}{f'; the closest is {short(shelf.titles[names.index(close)+1])}' if close else ''}")
 
 # %% ../nbs/11g_asking.ipynb #42ba2261
 def history_keys(
