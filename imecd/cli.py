@@ -20,7 +20,7 @@ from .cache import make_cache
 from .runs import assess, save_figures
 from .fitting import configure_preset, feature_space, feature_state
 from .baselines import MODELS, gather_settings, make_model, pairs, parse_value, plot_models, read_config
-from .running import NETWORKS, headline, known_model, note, stored_model, table, train_run, training_folder
+from .running import NETWORKS, headline, known_model, note, stopped_alike, stored_model, table, train_run, training_folder
 from .tuning import tune as tune_settings
 from .studies import ablations, as_markdown, find_runs, group_runs, plan, report, run_jobs, seed_table
 from .recommend import answer_lines, open_any, open_run, told_history
@@ -297,7 +297,7 @@ def main(
     "Run the command line: exit code 2 and one line on a user's mistake, a traceback only with --debug."
     args = list(sys.argv[1:] if args is None else args); debug = '--debug' in args
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), stopped_alike():
             warnings.showwarning = lambda message, *_, **__: note(message)
             code = app([a for a in args if a != '--debug'], prog_name='imecd', standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort): code = 130

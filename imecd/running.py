@@ -4,10 +4,11 @@
 
 # %% ../nbs/11d_running.ipynb #08ee5cb2
 from __future__ import annotations
-import difflib, os, shutil, sys, tempfile, time
+import difflib, os, shutil, signal, sys, tempfile, time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from threading import current_thread, main_thread
 from .core import ImecdError, free_folder, launched
 from .model import IMECD, PRESETS
 from .processes import is_main
@@ -20,8 +21,8 @@ from .multimodal import MULTIMODAL
 from .generators import DIFFUSION
 
 # %% auto #0
-__all__ = ['NETWORKS', 'known_model', 'note', 'training_folder', 'may_begin', 'finished', 'kept_training', 'available',
-           'train_run', 'headline', 'table', 'stored_model']
+__all__ = ['NETWORKS', 'known_model', 'note', 'training_folder', 'may_begin', 'finished', 'kept_training', 'stopped_alike',
+           'available', 'train_run', 'headline', 'table', 'stored_model']
 
 # %% ../nbs/11d_running.ipynb #91be7a50
 NETWORKS = {**{name: Network(IMECD, settings) for name, settings in PRESETS.items()}, **SEQUENTIAL, **MULTIMODAL, **DIFFUSION}
@@ -89,6 +90,15 @@ def kept_training(
         if p.name.split('.')[0] in ('', 'last', 'best'): shutil.rmtree(p) if p.is_dir() else p.unlink()  # checkpoints, and what killed writers of them left
         elif not (Path(out)/p.name).exists(): os.replace(p, Path(out)/p.name)                            # the history, logs of trackers
     with suppress(OSError): folder.rmdir()
+
+# %% ../nbs/11d_running.ipynb #sigterm2
+@contextmanager
+def stopped_alike():
+    "Inside, SIGTERM interrupts as Ctrl-C does; in a thread, which gets no signals, nothing changes."
+    if current_thread() is not main_thread(): yield; return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 # %% ../nbs/11d_running.ipynb #b7d40f1e
 def available(

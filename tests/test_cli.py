@@ -302,12 +302,13 @@ def test_a_configuration_that_cannot_be_used(text, message, imecd, shop, tmp_pat
     assert code == 2 and message in err and not (tmp_path/'run').exists()
 
 
-def test_an_interrupt_leaves_nothing(tmp_path):
-    "A person who presses Ctrl-C in the middle finds no half shop, and is told so."
+@pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(sent, tmp_path):
+    "Who presses Ctrl-C in the middle, or whose scheduler ends the job, finds no half shop, and is told so."
     command = [str(Path(sys.executable).with_name('imecd')), 'data', 'shop', str(tmp_path/'shop'), '--items', '100000', '--users', '500000']
     before = signal.signal(signal.SIGINT, signal.default_int_handler)         # a shell's background job ignores Ctrl-C, and so would a child
     try: p = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     finally: signal.signal(signal.SIGINT, before)
     while not list(tmp_path.iterdir()) and p.poll() is None: time.sleep(.05)
-    p.send_signal(signal.SIGINT); _, err = p.communicate(timeout=120)
+    p.send_signal(sent); _, err = p.communicate(timeout=120)
     assert p.returncode == 130 and err.strip().splitlines()[-1] == 'imecd: stopped, nothing half-written is left' and not list(tmp_path.iterdir())
