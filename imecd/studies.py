@@ -245,8 +245,11 @@ def as_markdown(
     table:pl.DataFrame,
     digits:int=4, # of numbers
 )->str:
-    "A table for a page."
-    with pl.Config(tbl_formatting='ASCII_MARKDOWN', tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True, tbl_rows=-1, tbl_cols=-1, tbl_width_chars=10_000, fmt_str_lengths=200, float_precision=digits): return str(table)
+    "A table for a page; a deviation, `NAME sd`, stands beside its mean, and what is not there is left empty."
+    write = lambda x: '' if x is None else f'{x:.{digits}f}' if isinstance(x, float) else str(x)
+    beside = [c for c in table.columns if c.endswith(' sd') and c[:-3] in table.columns]
+    cells = {c: [write(x) if y is None else f'{write(x)} ± {write(y)}' for x, y in zip(table[c], table[f'{c} sd'] if f'{c} sd' in beside else [None]*len(table))] for c in table.columns if c not in beside}
+    with pl.Config(tbl_formatting='ASCII_MARKDOWN', tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True, tbl_rows=-1, tbl_cols=-1, tbl_width_chars=10_000, fmt_str_lengths=200): return str(pl.DataFrame(cells, schema=dict.fromkeys(cells, pl.String)))
 
 # %% ../nbs/11f_studies.ipynb #e8880886
 def report(
@@ -258,7 +261,7 @@ def report(
     "Write `table.csv`, `tests.csv`, `slices.csv`, `report.md`, `compare.png`, `seeds.png`."
     tables = {'table': seed_table(groups), 'tests': compare_runs(groups, metric, masked), 'slices': slice_table(groups)}; data = groups[0].runs[0].provenance['data']
     told = tables['tests'].select('against', 'mean', 'mean_against', 'difference', 'low', 'high', 'relative', 'p_holm')
-    text = f"# {data['name']}: {groups[0].name} and others\n\n{data['users']:,} users, {data['items']:,} items, {data['events']:,} interactions, hash {data['hash'][:12]}. All items ranked, history kept unless said; mean and standard deviation (sd) over seeds.\n\n{as_markdown(tables['table'].drop('commit'))}\n\nPaired over users, mean of the seeds, 95 % bootstrap interval, Holm's correction ({metric}{', history masked' if masked else ''}):\n\n{as_markdown(told)}\n"
+    text = f"# {data['name']}: {groups[0].name} and others\n\n{data['users']:,} users, {data['items']:,} items, {data['events']:,} interactions, hash {data['hash'][:12]}. All items ranked, history kept unless said; mean ± standard deviation over seeds.\n\n{as_markdown(tables['table'].drop('commit'))}\n\nPaired over users, mean of the seeds, 95 % bootstrap interval, Holm's correction ({metric}{', history masked' if masked else ''}):\n\n{as_markdown(told)}\n"
     for name, t in tables.items():
         with whole(out/f'{name}.csv') as part: t.write_csv(part)
     with whole(out/'report.md') as part: part.write_text(text, encoding='utf-8')
