@@ -11,7 +11,8 @@ import re, warnings
 import polars as pl, torch
 from torch import Tensor
 from .core import DAY, ITEM, ORDER, PAD, TIME, USER, ImecdError, digest
-from .files import look, nearest, read_table, short
+from .files import look, names_of, nearest, read_table, short
+from .values import number_of, time_of
 from .features import Features
 from .batch import Batch, SequenceData, block_sizes
 from .ranking import best, block_rows
@@ -20,8 +21,8 @@ from .content import find_pictures
 from .towers import pack_histories
 
 # %% auto #0
-__all__ = ['Shelf', 'shelf_of', 'dense_history', 'find_title', 'history_keys', 'read_rows', 'top_items', 'by_popularity',
-           'answer_table', 'ask', 'open_table', 'table_histories']
+__all__ = ['Shelf', 'shelf_of', 'dense_history', 'find_title', 'find_titles', 'history_keys', 'read_rows', 'top_items',
+           'by_popularity', 'answer_table', 'ask', 'open_table', 'table_histories']
 
 # %% ../nbs/11g_asking.ipynb #3c75b3cc
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ def find_title(
     if fits: raise ImecdError(f"{short(text)} fits {len(fits)} titles: {'; '.join(f'{short(shelf.titles[k+1], 50)} is {short(shelf.ids[k], 30)}' for k in fits[:5])}{'; ...' if len(fits) > 5 else ''}; give more of the title, or the id")
     close = nearest(name, names := [_spoken(t)[0] for t in titles]) if len(shelf) <= 50_000 and len(want) <= 200 else ''
     raise ImecdError(f"no title holds {short(text)}{f'; the closest is {short(shelf.titles[names.index(close)+1])}' if close else ''}")
+
+# %% ../nbs/11g_asking.ipynb #plain005
+def find_titles(
+    shelf:Shelf, # of the model
+    titles,      # oldest first
+)->list: # raw ids
+    "The items of several titles."
+    if isinstance(titles, str) or not hasattr(titles, '__iter__'): raise ImecdError(f'{short(titles)} is no list; give a list of titles, oldest first')
+    return [find_title(shelf, t) for t in titles]
 
 # %% ../nbs/11g_asking.ipynb #42ba2261
 def history_keys(
@@ -190,17 +200,32 @@ def ask(
     if some: items[some], scores[some] = top_items(model, shelf, [rows[r] for r in some], k, exclude_seen)
     return answer_table(shelf, items, scores, rows, [name if h else 'popularity' for h in rows], users)
 
+# %% ../nbs/11g_asking.ipynb #plain007
+def _whole(
+    table:pl.DataFrame, # events
+    name:str,           # of a column
+    read:pl.Expr,       # what is made of it, null where nothing can be
+    cure:str,           # for the message
+)->None:
+    "Refuse a table with a row that lacks something."
+    bad = table.select(name, n=pl.int_range(pl.len())).filter(read.is_null())
+    if len(bad): raise ImecdError(f"the table, row {bad['n'][0]+1}: {name} is {'missing' if bad[name][0] is None else short(bad[name][0])}; {cure}")
+
 # %% ../nbs/11g_asking.ipynb #25a9d959
 def open_table(
     table, # a polars DataFrame, or a file
 )->pl.DataFrame: # in the order of `order`, `timestamp` or `day_group`, or as it is
     "Events of users."
-    if isinstance(table, (str, Path)): source = look(Path(table)); table = read_table(source, [c for c in (USER, ITEM, ORDER, TIME, DAY) if c in source.schema])
-    if not isinstance(table, pl.DataFrame): raise ImecdError(f'a table is wanted, a polars DataFrame or a file, not {type(table).__name__}')
+    source = look(Path(table)) if isinstance(table, (str, Path)) else None; what = type(table)
+    if source is None and not isinstance(table, pl.DataFrame): raise ImecdError(f"a table is wanted, a polars DataFrame or a file, not {what.__module__.split('.')[0]}.{what.__name__}{'; polars.from_pandas makes one' if what.__module__.startswith('pandas') else ''}")
+    names = list(source.schema) if source else table.columns; when = next((c for c in (ORDER, TIME, DAY) if c in names), None)
     for name in (USER, ITEM):
-        if name not in table.columns: raise ImecdError(f"the table has no column {name!r}; it has {', '.join(table.columns) or 'none'}")
-    when = next((c for c in (ORDER, TIME, DAY) if c in table.columns), None); number = lambda c: pl.col(c).cast(pl.Float64) if table.schema[c] == pl.String else pl.col(c)
-    return table if when is None else table.sort(number(when), maintain_order=True)
+        if name not in names: raise ImecdError(f"the table has no column {name!r}; it has {names_of(names) or 'none'}")
+    if source: table = read_table(source, [c for c in (USER, ITEM, when) if c])
+    _whole(table, USER, pl.col(USER), 'every row needs a user')
+    if when is None: return table
+    kind = table.schema[when]; key = time_of(when, kind)[0] if when == TIME and kind == pl.String else number_of(when, kind) if kind == pl.String or kind.is_float() else pl.col(when)
+    _whole(table, when, key, 'give every row its time, seconds since 1970 or like 2024-05-31 18:00, or leave the column out where rows are in order'); return table.sort(key, maintain_order=True)
 
 # %% ../nbs/11g_asking.ipynb #4d52efd0
 def table_histories(

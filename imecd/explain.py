@@ -10,7 +10,7 @@ from pathlib import Path
 import base64, html, io, unicodedata
 import polars as pl, torch
 from torch import Tensor
-from .core import COLOURS, ITEM, STYLE, ImecdError, label, new_axes, twins
+from .core import COLOURS, ITEM, STYLE, ImecdError, label, new_axes, twins, whole
 from .moe import MoEOut
 from .content import read_picture
 from .diffusion import sphere
@@ -99,7 +99,11 @@ class Explanation:
     items: Tensor           # (N+1, D_x) on the sphere
     titles: list            # (N+1,) by dense id
     pictures: dict          # raw id -> file
+    def __repr__(self)->str: return f'Explanation({len(self.history)} items of a history, {len(self.answers)} answers; plot() draws it, save(FILE) writes a page)'
     def plot(self): return plot_explanation(self)
+    def save(self, file:str|Path)->None:
+        "Write it as an HTML page of its own."
+        with whole(file) as part: part.write_text(f'<!doctype html><meta charset="utf-8"><title>Why these items</title>{page(self)}', encoding='utf-8')
     def _repr_html_(self)->str: return page(self)
 
 # %% ../nbs/11h_explain.ipynb #8830cb57
@@ -144,7 +148,7 @@ def plot_answers(
     ax = new_axes(ax, figsize=(7, .25*len(answers)+1)); like = answers['likeness'].fill_null(0)
     unknown = answers['like'].is_null().all(); ax.barh(range(len(answers)), answers['score'] if unknown else like, color=COLOURS['context'], height=.6); ax.set_yticks(range(len(answers)), [f'{r}. {clean(t or i, 34)}' for r, t, i in zip(answers['rank'], answers['title'], answers[ITEM])], fontsize=7, parse_math=False)
     for y, (v, t) in enumerate(zip(like, answers['like'])): ax.text(max(v, 0)+.02, y, '' if t is None else f'like {clean(t, 30)}', va='center', fontsize=7, parse_math=False)
-    ax.invert_yaxis()
+    ax.invert_yaxis(); ax.grid(False)
     if unknown: return label(ax, 'Nothing is known of this history: the list is what is bought most', 'training events')
     ax.set_xlim(min(0, like.min() or 0)-.02, 1.6); ax.set_xticks([0, .5, 1]); return label(ax, 'The list, and what of the history is nearest to each item', 'cosine')
 

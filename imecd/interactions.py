@@ -203,8 +203,9 @@ def read_events(
     bad = pl.concat([bad, pl.DataFrame({ROW: again, 'reason': np.full(len(again), REASONS.index('repeated event'), np.uint8)})])
     rejects = _reject(source, found, bad, total)
     if not len(table):
-        why = f"none of its {total:,} rows can be used ({', '.join(f'{n:,} {r}' for r, n in rejects.counts.items())}; the first on line {rejects.rows['line'][0]}); " \
-              "check the file, or name the columns (--column, columns=)" if total else 'a header and no rows; export it again'
+        first = rejects.rows.row(0, named=True) if len(rejects.rows) else {}
+        cure = f'{short(first[TIME])} is no time that can be read: give seconds since 1970, or dates like 2024-05-31 18:00' if first.get('reason') == 'timestamp unreadable' else 'check the file, or name the columns (--column, columns=)'
+        why = f"none of its {total:,} rows can be used ({', '.join(f'{n:,} {r}' for r, n in rejects.counts.items())}; the first on line {first['line']}); {cure}" if total else 'a header and no rows; export it again'
         raise ImecdError(f'{source.path}: {why}')
     return Events(_finish(table, row_order, notes), rejects.counts, rejects.rows, notes)
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 import numpy as np, polars as pl
 from .core import ITEM, ORDER, EVENT_COLUMNS, ImecdError, free_folder, load_array, progress, save_json, whole_folder
+from .files import names_of, short
 from .interactions import Events, read_events, read_items
 from .histories import Arranged, arrange
 
@@ -22,8 +23,9 @@ def _catalogue(
     "The items that occur, with what is known of them."
     wanted = pl.DataFrame({ITEM: ids})
     if items is None: return wanted, 0
-    known = items.unique(ITEM, keep='first', maintain_order=True)
-    return wanted.join(known, on=ITEM, how='left', maintain_order='left'), int((~ids.is_in(known[ITEM].implode())).sum())
+    known = items.unique(ITEM, keep='first', maintain_order=True); unknown = int((~ids.is_in(known[ITEM].implode())).sum())
+    if len(known) and unknown == len(ids): raise ImecdError(f'no item of the table of items is in the events: it begins with {short(known[ITEM][0])}, the items of the events with {short(ids[0])}; write the ids alike, or give the right table')
+    return wanted.join(known, on=ITEM, how='left', maintain_order='left'), unknown
 
 # %% ../nbs/01d_prepare.ipynb #1cef1fac
 def _copy_matrices(
@@ -130,7 +132,9 @@ def _write(
     place = np.arange(len(a.user)) - np.repeat(starts, np.diff(np.r_[starts, len(a.user)]))
     kept = events.table.select([c for c in EVENT_COLUMNS if c in events.table.columns and c != ORDER])[a.rows]
     kept.with_columns(pl.Series(ORDER, place)).write_parquet(out/'interactions.parquet')
-    return {'events_read': len(events.table)+sum(events.dropped.values()), 'dropped': events.dropped, 'notes': events.notes,
+    fields = [c for c in TEXT_COLUMNS if c in catalogue.columns]; other = [c for c in catalogue.columns if c != ITEM]
+    blind = [f"the table of items has no {', '.join(TEXT_COLUMNS)}, so there are no texts; it has {names_of(other)} (a title is named by --item-column title=NAME, or read_items with columns={{'title': NAME}})"] if other and not fields else []
+    return {'events_read': len(events.table)+sum(events.dropped.values()), 'dropped': events.dropped, 'notes': [*events.notes, *blind],
             'events': len(a.rows), 'users': len(starts), 'items': len(used), 'items_unknown': unknown,
-            'text_columns': (fields := [c for c in TEXT_COLUMNS if c in catalogue.columns]), 'items_without_text': without_text(catalogue, fields),
+            'text_columns': fields, 'items_without_text': without_text(catalogue, fields),
             'users_below_3_events': int((np.diff(np.r_[starts, len(a.user)]) < 3).sum())}

@@ -14,7 +14,7 @@ from .runs import Run, load_run
 from .fitting import load_split, stream_features
 from .baselines import MODELS
 from .running import NETWORKS, available, known_model, stored_model
-from .asking import Shelf, ask, dense_history, find_title, shelf_of, table_histories
+from .asking import Shelf, ask, dense_history, find_titles, shelf_of, table_histories
 from .explain import Explanation, clean, explain_history
 from .handover import read_recommender, write_recommender
 from .arrivals import check_new, grow_model, grow_shelf, picture_files, read_new
@@ -82,7 +82,7 @@ class Recommender:
         users, rows = table_histories(self.shelf, table, unknown); return ask(self.model, self.shelf, rows, k, exclude_seen, self.name, users)
 
     def explain(self, history, k:int=5, exclude_seen:bool=False, unknown:str='refuse')->Explanation: "What the model makes of a history of raw ids; a figure and HTML."; return explain_history(self.model, self.shelf, dense_history(self.shelf, history, unknown), k, exclude_seen, self.name)
-    def by_title(self, titles)->list: "Raw ids of titles, each whole or enough to be the only one."; return [find_title(self.shelf, t) for t in titles]
+    def by_title(self, titles)->list: "Raw ids of titles, each whole or enough to be the only one."; return find_titles(self.shelf, titles)
 
     def add_items(self, table, images=None, text=None, image=None):
         "A new recommender that knows K more items by their content: a table of `item` and what is written about it, `images` a folder or a dict item -> file; or features `text`, `image` (K, F) in their place."

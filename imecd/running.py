@@ -34,8 +34,8 @@ def known_model(
     "The same name, if there is such a model; else the closest is named."
     names = [*NETWORKS, *MODELS]
     if name in names: return name
-    close = difflib.get_close_matches(name, names, 1)
-    raise ImecdError(f"there is no model {name!r}; {f'did you mean {close[0]!r}?' if close else 'there are '+', '.join(names)}")
+    close = difflib.get_close_matches(name.lower(), names, 1) or [n for n in names if name and name.lower() in n][:3]
+    raise ImecdError(f"there is no model {name!r}; {'did you mean '+' or '.join(map(repr, close))+'?' if close else 'there are '+', '.join(names)}")
 
 # %% ../nbs/11d_running.ipynb #cc2d2f31
 def note(text:str)->None:
@@ -128,7 +128,7 @@ def train_run(
     track=(),             # names of trackers
 )->Run|None: # None in a process that only helped to train
     "Train a model, measure it, write a run; what `imecd train` does."
-    if model not in NETWORKS and not is_main(): return None
+    if known_model(model) not in NETWORKS and not is_main(): return None
     if model not in NETWORKS and (begun := training_folder(out)).exists(): raise ImecdError(f'{begun} holds a training that was begun, and {model} is counted in one go; remove it, or give another folder')
     if resume and (whole := finished(out, {'model': model, 'split': split, 'length': length, 'k_core': k_core, 'seed': seed}, settings or {})): return whole
     may_begin(out, resume)

@@ -84,7 +84,7 @@ BROKEN = {
     'unknown ending': ('e.xlsx', 'PK', ["'.xlsx'", '.csv', 'format=']),
     'no time and no order': ('e.csv', 'user,item\na,b\n', ['no column looks like a time or an order', "{'order': 'row'}"]),
     'bare carriage returns': ('e.csv', 'user,item,timestamp\ra,b,1400000000\r', ['line 1', 'carriage return']),
-    'all timestamps are words': ('e.csv', HEAD+'a,b,yesterday\n', ['none of its 1 rows', '1 timestamp unreadable']),
+    'all timestamps are words': ('e.csv', HEAD+'a,b,yesterday\n', ['none of its 1 rows', '1 timestamp unreadable', "'yesterday' is no time that can be read", '2024-05-31 18:00']),
 }
 
 

@@ -41,6 +41,12 @@ def test_an_interrupt_names_what_is_kept(tmp_path, capsys):
     assert capsys.readouterr().err == ''
 
 
+@pytest.mark.parametrize('name, told', [('imecdd', "did you mean 'imecd'"), ('SASRec', "did you mean 'sasrec'"), ('knn', "'transition_knn' or 'content_knn'"), ('', 'there are')])
+def test_a_model_that_is_none_is_named(name, told, shop, tmp_path):
+    with pytest.raises(ImecdError, match=told): train_run(shop, tmp_path/'run', name, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_written_over(tmp_path, capsys):
     (tmp_path/'run').mkdir(); (tmp_path/'run/precious').touch()
     for resume in (False, True):
