@@ -41,8 +41,8 @@ def grow_features(
 )->Features: # of N+K items
     "Features of old items and new ones."
     made = [new_rows(getattr(features, m), x, len(ids), m) for m, x in zip(MODALITIES, (text, image))]; present = np.concatenate([features.present, np.stack([has for _, has in made], 1)])
-    columns = names_of((features.manifest.get('text') or {}).get('fields') or ['title'])
-    if len(blind := np.flatnonzero(~present[-len(ids):].any(1))): raise ImecdError(f'new item {short(ids[blind[0]])} has neither text nor image that can be read ({len(blind)} such items): a text stands in a column that the old items have, {columns}, in words that they have; without content nothing can be said of it')
+    columns = '' if features.text is None else f": a text stands in a column that the old items have, {names_of(features.manifest['text'].get('fields') or ['title'])}, in words that they have"
+    if len(blind := np.flatnonzero(~present[-len(ids):].any(1))): raise ImecdError(f'new item {short(ids[blind[0]])} has neither text nor image that can be read ({len(blind)} such items){columns}; without content nothing can be said of it')
     told = {m: None if x is None else {**features.manifest[m], 'hash': digest(x), 'missing': int((~present[1:, k]).sum()), 'later': len(ids)} for k, (m, (x, _)) in enumerate(zip(MODALITIES, made))}
     every = [*features.manifest['items']['ids'], *map(str, ids)]; manifest = {**features.manifest, **told, 'items': {'count': len(every), 'hash': digest(*every), 'ids': every}}
     return Features(*(x for x, _ in made), present=present, manifest={**manifest, 'hash': joint_hash(manifest)})

@@ -12,7 +12,7 @@ import polars as pl, torch
 from torch import Tensor
 from .core import DAY, ITEM, ORDER, PAD, TIME, USER, ImecdError, digest
 from .files import look, names_of, nearest, read_table, short
-from .values import number_of, time_of
+from .values import id_of, number_of, time_of
 from .features import Features
 from .batch import Batch, SequenceData, block_sizes
 from .ranking import best, block_rows
@@ -69,6 +69,16 @@ def _unknown(
     close = nearest(str(item), shelf.places, .7) if len(shelf) <= 50_000 and len(str(item)) <= 100 else ''; hint = f'; did you mean {close!r}?' if close else '; it is a title: ask by_title, or --by title' if str(item) in shelf.titles[1:] else ''
     return ImecdError(f"{where}: {short(item)} is no item of this model{hint} (unknown='skip', or --unknown skip, leaves such items out)")
 
+# %% ../nbs/11g_asking.ipynb #plain009
+def _listed(
+    given,     # should be a list
+    where:str, # for the message
+    of:str,    # what, in the plural
+):
+    "The same; refused where Python would take it for a list and no person does."
+    if isinstance(given, (str, bytes, dict)) or not hasattr(given, '__iter__'): raise ImecdError(f'{where} is {short(given)}; give a list of {of}, oldest first')
+    return given
+
 # %% ../nbs/11g_asking.ipynb #eede62c6
 def dense_history(
     shelf:Shelf,           # of the model
@@ -78,8 +88,7 @@ def dense_history(
 )->list[int]: # dense ids, oldest first
     "A history as the model reads it; what is no item is named."
     if unknown not in ('refuse', 'skip'): raise ImecdError(f"unknown={unknown!r}: use refuse or skip")
-    if isinstance(history, (str, bytes, dict)) or not hasattr(history, '__iter__'): raise ImecdError(f'{where} is {short(history)}; give a list of item ids, oldest first')
-    found = [(i, shelf.places.get(str(i))) for i in history]; lost = [i for i, k in found if k is None]
+    found = [(i, shelf.places.get(str(i))) for i in _listed(history, where, 'item ids')]; lost = [i for i, k in found if k is None]
     if lost and unknown == 'refuse': raise _unknown(shelf, lost[0], where)
     if lost: warnings.warn(f"{where}: left out {len(lost)} of {len(found)} items that this model does not know: {', '.join(short(i, 30) for i in lost[:5])}{', ...' if len(lost) > 5 else ''}", stacklevel=3)
     return [k for _, k in found if k is not None]
@@ -87,9 +96,10 @@ def dense_history(
 # %% ../nbs/11g_asking.ipynb #plain001
 def _spoken(
     title:str, # capitals and spaces folded
-)->tuple[str, str]: # its name, the article in front; its year, or nothing
+)->tuple[str, str, str]: # its name, an English article in front; the same without what stands in brackets at its end; its year, or nothing
     "What people call it: `matrix, the (1999)` is `the matrix` of `1999`."
-    name, year = re.fullmatch(r'(.*?)(?: \((\d{4})\))?', title).groups(''); return re.sub(r'^(.+), (the|an?)$', r'\2 \1', name), year
+    name, year = re.fullmatch(r'(.*?)(?: \((\d{4})\))?', title).groups(''); name = re.sub(r'^(.+?), (the|an?)(?= \(|$)', r'\2 \1', name)
+    return name, re.sub(r'( \([^()]*\))+$', '', name), year
 
 # %% ../nbs/11g_asking.ipynb #1466f70a
 def find_title(
@@ -97,13 +107,13 @@ def find_title(
     text:str,    # a title, or enough of it
 )->object: # the raw id
     "The one item of that title."
-    fold = lambda t: ' '.join(str(t).split()).casefold(); want = fold(text); titles = list(map(fold, shelf.titles[1:])); name, year = _spoken(want); same = lambda t: (s := _spoken(t))[0] == name and year in ('', s[1])
+    fold = lambda t: ' '.join(str(t).split()).casefold(); want = fold(text); titles = list(map(fold, shelf.titles[1:])); name, _, year = _spoken(want); same = lambda t: name in (s := _spoken(t))[:2] and year in ('', s[2])
     if not want: raise ImecdError('a title is empty; give some words of it')
     words = re.compile(rf'(?<!\w){re.escape(want)}(?!\w)'); ways = (lambda t: t == want, same, words.search, lambda t: want in t)  # exactly, as people call it, as whole words, anywhere
     fits = next((found for way in ways if (found := [k for k, t in enumerate(titles) if way(t)])), [])
     if len(fits) == 1: return shelf.ids[fits[0]]
     if fits: raise ImecdError(f"{short(text)} fits {len(fits)} titles: {'; '.join(f'{short(shelf.titles[k+1], 50)} is {short(shelf.ids[k], 30)}' for k in fits[:5])}{'; ...' if len(fits) > 5 else ''}; give more of the title, or the id")
-    close = nearest(name, names := [_spoken(t)[0] for t in titles]) if len(shelf) <= 50_000 and len(want) <= 200 else ''
+    close = nearest(name, names := [_spoken(t)[1] for t in titles]) if len(shelf) <= 50_000 and len(want) <= 200 else ''
     raise ImecdError(f"no title holds {short(text)}{f'; the closest is {short(shelf.titles[names.index(close)+1])}' if close else ''}")
 
 # %% ../nbs/11g_asking.ipynb #plain005
@@ -112,8 +122,7 @@ def find_titles(
     titles,      # oldest first
 )->list: # raw ids
     "The items of several titles."
-    if isinstance(titles, str) or not hasattr(titles, '__iter__'): raise ImecdError(f'{short(titles)} is no list; give a list of titles, oldest first')
-    return [find_title(shelf, t) for t in titles]
+    return [find_title(shelf, t) for t in _listed(titles, 'a history', 'titles')]
 
 # %% ../nbs/11g_asking.ipynb #42ba2261
 def history_keys(
@@ -211,21 +220,32 @@ def _whole(
     bad = table.select(name, n=pl.int_range(pl.len())).filter(read.is_null())
     if len(bad): raise ImecdError(f"the table, row {bad['n'][0]+1}: {name} is {'missing' if bad[name][0] is None else short(bad[name][0])}; {cure}")
 
+# %% ../nbs/11g_asking.ipynb #plain008
+def _moments(
+    table:pl.DataFrame, # events
+    when:str,           # its column of times, days or an order
+)->pl.Expr: # what to sort by; null where a row has nothing that can be read
+    "Numbers as they are; where some are no numbers, dates in words, but for an order."
+    c, kind = pl.col(when), table.schema[when]
+    if kind != pl.String: return number_of(when, kind) if kind.is_float() else c
+    for key in (c.str.strip_chars().cast(pl.Int64, strict=False), number_of(when, kind)):
+        if not table.select(key.is_null().any()).item(): return key
+    return key if when == ORDER else time_of(when, kind)[0]
+
 # %% ../nbs/11g_asking.ipynb #25a9d959
 def open_table(
     table, # a polars DataFrame, or a file
 )->pl.DataFrame: # in the order of `order`, `timestamp` or `day_group`, or as it is
     "Events of users."
     source = look(Path(table)) if isinstance(table, (str, Path)) else None; what = type(table)
-    if source is None and not isinstance(table, pl.DataFrame): raise ImecdError(f"a table is wanted, a polars DataFrame or a file, not {what.__module__.split('.')[0]}.{what.__name__}{'; polars.from_pandas makes one' if what.__module__.startswith('pandas') else ''}")
+    if source is None and not isinstance(table, pl.DataFrame): raise ImecdError(f"a table is wanted, a polars DataFrame or a file, not {'a pandas ' if (pandas := what.__module__.startswith('pandas')) else ''}{what.__name__}{'; polars.from_pandas makes one' if pandas else ''}")
     names = list(source.schema) if source else table.columns; when = next((c for c in (ORDER, TIME, DAY) if c in names), None)
     for name in (USER, ITEM):
         if name not in names: raise ImecdError(f"the table has no column {name!r}; it has {names_of(names) or 'none'}")
     if source: table = read_table(source, [c for c in (USER, ITEM, when) if c])
-    _whole(table, USER, pl.col(USER), 'every row needs a user')
+    _whole(table, USER, id_of(USER, table.schema[USER]), 'every row needs a user')
     if when is None: return table
-    kind = table.schema[when]; key = time_of(when, kind)[0] if when == TIME and kind == pl.String else number_of(when, kind) if kind == pl.String or kind.is_float() else pl.col(when)
-    _whole(table, when, key, 'give every row its time, seconds since 1970 or like 2024-05-31 18:00, or leave the column out where rows are in order'); return table.sort(key, maintain_order=True)
+    _whole(table, when, key := _moments(table, when), f"give every row {'a number' if when == ORDER else 'its time, seconds since 1970 or like 2024-05-31 18:00'}, or leave the column out where rows are in order"); return table.sort(key, maintain_order=True)
 
 # %% ../nbs/11g_asking.ipynb #4d52efd0
 def table_histories(

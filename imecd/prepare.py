@@ -9,11 +9,23 @@ from pathlib import Path
 import numpy as np, polars as pl
 from .core import ITEM, ORDER, EVENT_COLUMNS, ImecdError, free_folder, load_array, progress, save_json, whole_folder
 from .files import names_of, short
+from .values import id_of
 from .interactions import Events, read_events, read_items
 from .histories import Arranged, arrange
 
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'find_source', 'convert', 'without_text']
+
+# %% ../nbs/01d_prepare.ipynb #ofev0001
+def _of_events(
+    items:pl.DataFrame, # a table of items
+    ids:pl.Series,      # the items of all events
+)->pl.DataFrame: # the same, its ids as text
+    "Refuse a table that knows none of the items: its ids are written in another way, or it is another table."
+    if ITEM not in items.columns: raise ImecdError(f"the table of items has no column 'item'; it has {names_of(items.columns) or 'none'}")
+    items = items.with_columns(id_of(ITEM, items.schema[ITEM]))
+    if len(items) and len(ids) and not ids.is_in(items[ITEM].implode()).any(): raise ImecdError(f'no item of the table of items is in the events: it begins with {short(items[ITEM][0])}, the items of the events with {short(ids[0])}; write the ids alike, or give the right table')
+    return items
 
 # %% ../nbs/01d_prepare.ipynb #f6924587
 def _catalogue(
@@ -23,9 +35,8 @@ def _catalogue(
     "The items that occur, with what is known of them."
     wanted = pl.DataFrame({ITEM: ids})
     if items is None: return wanted, 0
-    known = items.unique(ITEM, keep='first', maintain_order=True); unknown = int((~ids.is_in(known[ITEM].implode())).sum())
-    if len(known) and unknown == len(ids): raise ImecdError(f'no item of the table of items is in the events: it begins with {short(known[ITEM][0])}, the items of the events with {short(ids[0])}; write the ids alike, or give the right table')
-    return wanted.join(known, on=ITEM, how='left', maintain_order='left'), unknown
+    known = items.unique(ITEM, keep='first', maintain_order=True)
+    return wanted.join(known, on=ITEM, how='left', maintain_order='left'), int((~ids.is_in(known[ITEM].implode())).sum())
 
 # %% ../nbs/01d_prepare.ipynb #1cef1fac
 def _copy_matrices(
@@ -72,7 +83,7 @@ def convert(
         if quarantine: events.rejects.save(quarantine)
         steps.update(); steps.set_description('reading items')
         source = items if items is not None else found
-        known = source if source is None or isinstance(source, pl.DataFrame) else read_items(source)
+        known = source if source is None else _of_events(source if isinstance(source, pl.DataFrame) else read_items(source), events.table[ITEM])
         steps.update(); steps.set_description('k-core and order')
         passes = []; a = arrange(events.table, k, passes)
         if not len(a.rows): raise ImecdError(f'the {k}-core leaves nothing of {len(events.table):,} events: {_shrunk(passes[0])}; try a smaller --k-core')

@@ -34,7 +34,7 @@ def known_model(
     "The same name, if there is such a model; else the closest is named."
     names = [*NETWORKS, *MODELS]
     if name in names: return name
-    close = difflib.get_close_matches(name.lower(), names, 1) or [n for n in names if name and name.lower() in n][:3]
+    low = name.lower() if isinstance(name, str) else ''; close = difflib.get_close_matches(low, names, 1) or [n for n in names if len(low) > 2 and low in n][:3]
     raise ImecdError(f"there is no model {name!r}; {'did you mean '+' or '.join(map(repr, close))+'?' if close else 'there are '+', '.join(names)}")
 
 # %% ../nbs/11d_running.ipynb #cc2d2f31

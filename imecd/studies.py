@@ -104,10 +104,9 @@ def run_jobs(
         if not code: log.unlink(); tell(f'{job.name}: done'); return None
         return f'{job.name}: {log.read_text(errors="replace").strip().splitlines()[-1:]}, see {log}'
     if left: tell(f'{len(left)} of {len(jobs)} runs are to be made, {at_once} at one time')
-    try:
-        with ThreadPoolExecutor(at_once) as pool: wrong = [w for w in pool.map(one, left) if w]
-    except BaseException:
-        stop = True; [c.terminate() for c in children if c.poll() is None]; raise
+    with ThreadPoolExecutor(at_once) as pool:
+        try: wrong = [w for w in pool.map(one, left) if w]
+        except BaseException: stop = True; [c.terminate() for c in children if c.poll() is None]; raise  # here, for the pool waits for its children before it closes
     if wrong: raise ImecdError(f'{len(wrong)} of {len(left)} runs failed ({wrong[0][:300]}); the others are kept, and the same command tries these again')
     return [out/j.name for j in jobs]
 

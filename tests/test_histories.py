@@ -121,7 +121,9 @@ def test_convert_knows_items_and_counts_unknown_ones(tmp_path):
 def test_convert_names_a_table_that_tells_nothing(tmp_path):
     t = events(user=['u', 'u'], item=['3.0', '4.0'], timestamp=[1, 2])
     with pytest.raises(ImecdError, match="no item of the table of items is in the events: it begins with '3', the items of the events with '3.0'"): convert(t, tmp_path/'out', pl.DataFrame({'item': ['3', '4']}), k=1)
+    with pytest.raises(ImecdError, match="no column 'item'; it has sku"): convert(t, tmp_path/'out', pl.DataFrame({'sku': ['3']}), k=1)
     assert not list(tmp_path.iterdir())
+    whole = convert(events(user=['u', 'u'], item=['3', '4'], timestamp=[1, 2]), tmp_path/'numbers', pl.DataFrame({'item': [3, 5], 'title': ['cup', 'pan']}), k=1); assert whole['items_unknown'] == 1
     report = convert(t, tmp_path/'out', pl.DataFrame({'item': ['3.0'], 'Bezeichnung': ['cup'], 'price': [2.]}), k=1)
     assert any('it has Bezeichnung, price (a title is named by --item-column title=NAME' in n for n in report['notes'])
     assert not any('title' in n for n in convert(t, tmp_path/'bare', k=1)['notes'])

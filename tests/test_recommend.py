@@ -64,16 +64,20 @@ def test_alone_or_in_company_a_history_gets_one_answer(r, shop):
 
 def test_times_may_be_dates_in_words(r, tmp_path):
     table = pl.DataFrame({'user': ['u']*3, 'item': r.shelf.ids[:3], 'timestamp': ['2024-01-03', '2024-01-01 10:00', '2024-01-02T09:00:00']}); table.write_csv(tmp_path/'t.csv')
-    for t in (table, tmp_path/'t.csv', table.with_columns(timestamp=pl.Series([3., 1., 2.]))): assert table_histories(r.shelf, t)[1] == [[2, 3, 1]]
-    with pytest.raises(ImecdError, match='it has Kunde, ArtNr$'): r.recommend_table(foreign(tmp_path))
+    for t in (table, tmp_path/'t.csv', table.with_columns(timestamp=pl.Series([3., 1., 2.])), table.rename({'timestamp': 'day_group'})): assert table_histories(r.shelf, t)[1] == [[2, 3, 1]]
+    pl.DataFrame({'Kunde': ['u'], 'ArtNr': ['a']}).write_csv(tmp_path/'f.csv')
+    with pytest.raises(ImecdError, match='it has Kunde, ArtNr$'): r.recommend_table(tmp_path/'f.csv')
 
 
-def foreign(folder): pl.DataFrame({'Kunde': ['u'], 'ArtNr': ['a']}).write_csv(folder/'f.csv'); return folder/'f.csv'
+@pytest.mark.parametrize('numbers', [[10**17+3, 10**17+1, 10**17+2], [100_000_000_002, 99_999_999_999, 100_000_000_001], [3, 1, 2]])
+def test_numbers_order_alike_as_numbers_and_as_text(numbers, r):
+    table = pl.DataFrame({'user': ['u']*3, 'item': r.shelf.ids[:3], 'timestamp': numbers})
+    for t in (table, table.with_columns(pl.col('timestamp').cast(pl.String))): assert table_histories(r.shelf, t)[1] == [[2, 3, 1]]
 
 
 def test_an_explanation_is_short_on_paper_and_whole_in_a_file(r, tmp_path):
     e = r.explain(r.shelf.ids[:3]); e.save(tmp_path/'why.html')
-    assert len(repr(e)) < 120 and page(e)[:200] in (tmp_path/'why.html').read_text(encoding='utf-8')
+    assert len(repr(e)) < 120 and page(e) in (tmp_path/'why.html').read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('n', [1, 3])
@@ -158,12 +162,15 @@ HISTORIES = {
     'a table with an unknown id': (lambda r: r.recommend_table(pl.DataFrame({'user': ['u'], 'item': ['a']})), "user 'u': 'a' is no item"),
     'a list for a table': (lambda r: r.recommend_table([1, 2]), 'a polars DataFrame or a file'),
     'a file that is not there': (lambda r: r.recommend_table('no/such.csv'), 'such.csv'),
-    'a table of pandas': (lambda r: r.recommend_table(pd.DataFrame({'user': ['u'], 'item': [1]})), 'not pandas.DataFrame; polars.from_pandas makes one'),
+    'a table of pandas': (lambda r: r.recommend_table(pd.DataFrame({'user': ['u'], 'item': [1]})), 'not a pandas DataFrame; polars.from_pandas makes one'),
     'a table with a row of nobody': (lambda r: r.recommend_table(pl.DataFrame({'user': ['u', None], 'item': r.shelf.ids[:2]})), 'row 2: user is missing'),
+    'a table with a user of no letters': (lambda r: r.recommend_table(pl.DataFrame({'user': ['u', ' '], 'item': r.shelf.ids[:2]})), 'row 2: user is'),
+    'a table with a user that is no number': (lambda r: r.recommend_table(pl.DataFrame({'user': [1., float('nan')], 'item': r.shelf.ids[:2]})), 'row 2: user is'),
     'a table with a time missing': (lambda r: r.recommend_table(pl.DataFrame({'user': ['u', 'u'], 'item': r.shelf.ids[:2], 'timestamp': [None, 2]})), 'row 1: timestamp is missing; give every row its time'),
     'a table with a time that is none': (lambda r: r.recommend_table(pl.DataFrame({'user': ['u'], 'item': r.shelf.ids[:1], 'timestamp': ['13.09.2020']})), "row 1: timestamp is '13.09.2020'"),
-    'a table with an order that is none': (lambda r: r.recommend_table(pl.DataFrame({'user': ['u'], 'item': r.shelf.ids[:1], 'order': [float('nan')]})), "row 1: order is 'nan'"),
-    'a title, not a list': (lambda r: r.by_title('Toy Story'), "'Toy Story' is no list; give a list of titles"),
+    'a table with an order that is none': (lambda r: r.recommend_table(pl.DataFrame({'user': ['u'], 'item': r.shelf.ids[:1], 'order': [float('nan')]})), "row 1: order is 'nan'; give every row a number"),
+    'a table with an order in words': (lambda r: r.recommend_table(pl.DataFrame({'user': ['u'], 'item': r.shelf.ids[:1], 'order': ['2024-05-31']})), 'give every row a number'),
+    'a title, not a list': (lambda r: r.by_title('Toy Story'), "a history is 'Toy Story'; give a list of titles"),
     'new items without content': (lambda r: r.add_items(pl.DataFrame({'item': ['new']})), 'neither text nor image'),
     'a new item that is there already': (lambda r: r.add_items(pl.DataFrame({'item': [r.shelf.ids[0]]}), text=r.shelf.features.text[1:2]), 'in the catalogue already'),
     'new items twice': (lambda r: r.add_items(pl.DataFrame({'item': ['n', 'n']}), text=r.shelf.features.text[1:3]), 'twice in the table'),

@@ -41,7 +41,7 @@ def test_an_interrupt_names_what_is_kept(tmp_path, capsys):
     assert capsys.readouterr().err == ''
 
 
-@pytest.mark.parametrize('name, told', [('imecdd', "did you mean 'imecd'"), ('SASRec', "did you mean 'sasrec'"), ('knn', "'transition_knn' or 'content_knn'"), ('', 'there are')])
+@pytest.mark.parametrize('name, told', [('imecdd', "did you mean 'imecd'"), ('SASRec', "did you mean 'sasrec'"), ('knn', "'transition_knn' or 'content_knn'"), ('', 'there are'), ('a', 'there are'), (None, 'there is no model None')])
 def test_a_model_that_is_none_is_named(name, told, shop, tmp_path):
     with pytest.raises(ImecdError, match=told): train_run(shop, tmp_path/'run', name, {})
     assert not list(tmp_path.iterdir())

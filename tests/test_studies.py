@@ -54,6 +54,14 @@ def test_a_search_that_is_killed_ends_with_the_same_trials(shop, tmp_path, imecd
     told = read_config(tmp_path/'cut'/'best.toml'); assert told['model'] == 'sasrec' and told['settings']['train.epochs'] == 6
 
 
+def test_a_study_that_is_ended_ends_its_trainings(shop, tmp_path):
+    "SIGTERM to the study alone: the training under way is ended too and says how to go on, the next one is not begun."
+    child = begin('ablate', shop, '--out', tmp_path/'cut', '--model', 'sasrec', '--seeds', 2, '--jobs', 1, *SET, '--set', 'train.epochs=100000', '--set', 'train.patience=100000')
+    until(lambda: any(len(f.read_text().splitlines()) >= 2 for f in tmp_path.glob('cut/*.training/history.jsonl')), child)
+    child.send_signal(signal.SIGTERM); assert child.wait(timeout=60) == 130
+    assert '--resume goes on' in (tmp_path/'cut'/'sasrec-0.log').read_text() and not (tmp_path/'cut'/'sasrec-1.log').exists()
+
+
 def test_the_winner_can_be_trained(shop, tmp_path, imecd):
     tune(shop, tmp_path/'s', 'fpmc', 1, SMALL, length=20, tell=lambda text: None); code, _, err = imecd('train', shop, '--config', tmp_path/'s'/'best.toml', '--out', tmp_path/'run', '--length', 20)
     assert code == 0, err; run = load_run(tmp_path/'run'); assert run.config['model'] == 'fpmc'
