@@ -99,7 +99,7 @@ def _spoken(
 )->tuple[str, str, str]: # its name, an English article in front; the same without what stands in brackets at its end; its year, or nothing
     "What people call it: `matrix, the (1999)` is `the matrix` of `1999`."
     name, year = re.fullmatch(r'(.*?)(?: \((\d{4})\))?', title).groups(''); name = re.sub(r'^(.+?), (the|an?)(?= \(|$)', r'\2 \1', name)
-    return name, re.sub(r'( \([^()]*\))+$', '', name), year
+    return name, name.split(' (')[0] if name.endswith(')') else name, year
 
 # %% ../nbs/11g_asking.ipynb #1466f70a
 def find_title(

@@ -75,6 +75,13 @@ def test_numbers_order_alike_as_numbers_and_as_text(numbers, r):
     for t in (table, table.with_columns(pl.col('timestamp').cast(pl.String))): assert table_histories(r.shelf, t)[1] == [[2, 3, 1]]
 
 
+@pytest.mark.parametrize('title', [' (a)'*20_000+' x', ' (1999)'*20_000, 'a, the'*50_000, ' ('*100_000])
+def test_a_hostile_title_costs_the_search_nothing(title, r):
+    "Brackets by the thousand took more than ten seconds a title when a pattern tried them from every place."
+    shelf = replace(r.shelf, items=r.shelf.items.with_columns(title=pl.Series([title, 'Cup, The (red)', *['pan']*(len(r.shelf)-2)])))
+    assert find_title(shelf, 'the cup') == shelf.ids[1]
+
+
 def test_an_explanation_is_short_on_paper_and_whole_in_a_file(r, tmp_path):
     e = r.explain(r.shelf.ids[:3]); e.save(tmp_path/'why.html')
     assert len(repr(e)) < 120 and page(e) in (tmp_path/'why.html').read_text(encoding='utf-8')
