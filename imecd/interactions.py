@@ -154,10 +154,10 @@ def _need(
     row_order:bool, # whether the rows are in order
 )->None:
     "Refuse a file without user, item or time, and columns that hold more than one value."
-    for k in (USER, ITEM):
-        if k not in found: raise ImecdError(f"{source.path}: no column looks like the {k}; the columns are {names_of(source.schema)}; "
-                                            f"name it (--column {k}=NAME, or columns={{'{k}': NAME}}), or give the file a header line")
-    if not row_order and TIME not in found and ORDER not in found:
+    lost = [k for k in (USER, ITEM) if k not in found]; timed = row_order or TIME in found or ORDER in found; all_lost = lost+[TIME]*(not timed)
+    if lost: raise ImecdError(f"{source.path}: no column looks like the {' or the '.join(lost)}{'' if timed else ', none like a time or an order'}; the columns are {names_of(source.schema)}; "
+                              f"name {'it' if len(all_lost) == 1 else 'them'} ({' '.join(f'--column {k}=NAME' for k in all_lost)}, or columns={{{', '.join(f'{k!r}: NAME' for k in all_lost)}}}), or give the file a header line")
+    if not timed:
         raise ImecdError(f"{source.path}: no column looks like a time or an order; the columns are {names_of(source.schema)}; "
                          "name it (--column timestamp=NAME), or say --column order=row (columns={'order': 'row'}) if the rows stand in their true order")
     for k, c in found.items():
@@ -181,6 +181,7 @@ def _notes(
         kept = table.filter(pl.col('reason') == 0)['unit'].value_counts().sort('unit')
         notes += [f"{n:,} times converted from {('', 'milliseconds', 'microseconds', 'nanoseconds', 'dates (UTC where no zone is given)')[u]}"
                   for u, n in kept.iter_rows() if u]
+        if kept['unit'].eq(0).all() and (last := table['_timestamp'].max() or 0) < 1e13: notes.append(f"numbers were read as seconds since 1970 and end at {last//1_000_000:,}, in its first months; if they are an order, or years, say --column order={short(found[TIME])}")
     return notes
 
 # %% ../nbs/01_interactions.ipynb #620cdf3f

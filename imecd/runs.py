@@ -126,6 +126,7 @@ def load_run(
 )->Run:
     "Read a run; what is missing or broken is named."
     folder = Path(folder)
+    if (folder/'catalogue.safetensors').is_file(): raise ImecdError(f'{folder} is what save_pretrained wrote, and no run; open it by Recommender.from_pretrained')
     if not (folder/'config.json').is_file():
         inside, begun = sorted(p.parent for p in folder.glob('*/config.json')), folder.with_name(f'{folder.name}.training')
         raise ImecdError(f"{folder} is not a run folder; {f'did you mean {inside[0]}?' if inside else f'{begun} holds a training that was stopped: go on with --resume' if begun.exists() else f'`imecd train DATA --out {folder}` makes one'}")

@@ -254,11 +254,12 @@ def as_markdown(
 def report(
     groups:list[Group],   # ours first
     out:Path,             # folder to fill
-    metric:str='ndcg@10', # for the tests
+    metric:str='ndcg@10', # for the tests; stands in the table where runs have it
     masked:bool=False,    # take the ranks without the history
 )->str: # the markdown
     "Write `table.csv`, `tests.csv`, `slices.csv`, `report.md`, `compare.png`, `seeds.png`."
-    tables = {'table': seed_table(groups), 'tests': compare_runs(groups, metric, masked), 'slices': slice_table(groups)}; data = groups[0].runs[0].provenance['data']
+    own = f'test{"_masked" if masked else ""}', metric; shown = SHOWN if own in SHOWN or metric not in groups[0].runs[0].metrics[own[0]] else (own, *SHOWN)
+    tables = {'table': seed_table(groups, shown), 'tests': compare_runs(groups, metric, masked), 'slices': slice_table(groups)}; data = groups[0].runs[0].provenance['data']
     told = tables['tests'].select('against', 'mean', 'mean_against', 'difference', 'low', 'high', 'relative', 'p_holm')
     text = f"# {data['name']}: {groups[0].name} and others\n\n{data['users']:,} users, {data['items']:,} items, {data['events']:,} interactions, hash {data['hash'][:12]}. All items ranked, history kept unless said; mean ± standard deviation over seeds.\n\n{as_markdown(tables['table'].drop('commit'))}\n\nPaired over users, mean of the seeds, 95 % bootstrap interval, Holm's correction ({metric}{', history masked' if masked else ''}):\n\n{as_markdown(told)}\n"
     for name, t in tables.items():

@@ -58,6 +58,7 @@ BROKEN = {
     'wrong delimiter': ('e.csv', 'user::item::timestamp\na::b::1400000000\n', ['line 1', 'one column only', 'separate the columns']),
     'delimiter changes after the header': ('e.csv', 'user,item,timestamp\na;b;1400000000\n', ['line 2', '1 fields where the header has 3']),
     'missing column': ('e.csv', 'user,timestamp\na,1400000000\n', ['no column looks like the item', "columns={'item': NAME}"]),
+    'three missing columns': ('e.csv', 'who,what,when_exactly\na,b,1400000000\n', ['the user or the item, none like a time', '--column user=NAME --column item=NAME --column timestamp=NAME', 'name them']),
     'no header': ('e.csv', 'A1,B1,5.0,1400000000\nA2,B1,4.0,1400000000\n', ['no column looks like the user', 'header line']),
     'two user columns': ('e.csv', 'user_id,userId,item,timestamp\na,b,c,1400000000\n', ['user_id, userId', 'both look like the user', "columns={'user': 'user_id'}"]),
     'two item columns': ('e.csv', 'user,movieId,product_id,timestamp\na,b,c,1400000000\n', ['movieId, product_id', 'both look like the item']),
@@ -195,6 +196,13 @@ def test_told_columns(tmp_path):
     assert read_events(path, {'user': 'buyer', 'item': 'thing', 'timestamp': 'user'}).table.rows() == [('ann', 'x', T-1, 3.)]
     with pytest.raises(ImecdError, match="no column 'byer'.*the nearest is buyer"): read_events(path, {'user': 'byer', 'item': 'thing'})
     with pytest.raises(ImecdError, match="'usr' is not one of.*did you mean user"): read_events(path, {'usr': 'buyer'})
+
+
+def test_years_are_told_from_times(tmp_path):
+    rows = ''.join(f'a,{i},{2000+i}\n' for i in range(4)); (tmp_path/'e.csv').write_text(f'user,item,timestamp\n{rows}')
+    said = read_events(tmp_path/'e.csv').notes; assert len(said) == 1 and 'end at 2,003' in said[0] and "--column order='timestamp'" in said[0]
+    assert read_events(tmp_path/'e.csv', {'order': 'timestamp'}).table.columns == ['user', 'item', 'order']
+    (tmp_path/'e.csv').write_text('user,item,timestamp\na,b,2001\na,c,1400000000\n'); assert read_events(tmp_path/'e.csv').notes == []
 
 
 def test_row_order(tmp_path):

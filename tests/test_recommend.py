@@ -122,6 +122,7 @@ def test_an_answer_is_that_of_another_process(run, r):
 def test_models_that_count_recommend_too(name, shop, tmp_path):
     run = train_run(shop, tmp_path/name, name, {}); r = Recommender.load(run.folder); found = r.recommend(r.shelf.ids[:3], 4); assert found['by'].unique().to_list() == [name] and len(found) == 4
     r.save_pretrained(tmp_path/'kept'); assert Recommender.from_pretrained(tmp_path/'kept').recommend(r.shelf.ids[:3], 4).equals(found)
+    with pytest.raises(ImecdError, match='open it by Recommender.from_pretrained'): Recommender.load(tmp_path/'kept')
     with pytest.raises(ImecdError, match='counts'): r.explain(r.shelf.ids[:3])
     with pytest.raises(ImecdError, match='neither text nor image|counts'): r.add_items(pl.DataFrame({'item': ['new']}))
 

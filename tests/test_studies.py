@@ -127,6 +127,9 @@ def test_the_table_is_what_the_runs_say(study):
 def test_a_report_from_the_shell(study, tmp_path, capsys):
     main(['compare', *map(str, study), '--first', 'sasrec', '--out', str(tmp_path/'r')]); out = capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path/'r').iterdir()) == ['compare.png', 'report.md', 'seeds.png', 'slices.csv', 'table.csv', 'tests.csv'] and out.strip() == (tmp_path/'r'/'report.md').read_text().strip()
+    for more, column in (([], 'hr@5'), (['--masked'], 'hr@5 masked'), (['--metric', 'hr@7'], 'ndcg@10')):  # what is tested stands in the table, where runs know it
+        main(['compare', *map(str, study), '--first', 'sasrec', '--metric', 'hr@5', *more, '--out', str(tmp_path/'m')]); capsys.readouterr(); t = pl.read_csv(tmp_path/'m'/'table.csv')
+        own = [r.metrics['test_masked' if more[:1] == ['--masked'] else 'test'][column.split()[0]] for r in group_runs(find_runs([study[0].parent]), 'sasrec')[0].runs]; assert t[column][0] == pytest.approx(np.mean(own)) and 'hr@7' not in t.columns
     for args, words in ((('compare', tmp_path), 'is no run folder and holds none'), (('compare', study[0].parent, '--first', 'imecd'), 'they are'), (('compare', study[0].parent/'popularity'), 'give runs of at least two'),
                         (('compare', study[0].parent, '--metric', 'auc'), 'not one of hr@K'), (('tune', 'nowhere', '--out', tmp_path/'t', '--model', 'popularity'), 'is no network'), (('ablate', study[0], '--out', tmp_path/'x', '--sweep', 'codes'), 'name=value')):
         with pytest.raises(SystemExit) as stop: main([*map(str, args), *(['--out', str(tmp_path/'z')] if args[0] == 'compare' else [])])
