@@ -21,6 +21,7 @@ from peers import DATA, HERE, python
 from imecd.fitting import load_split
 from imecd.histories import leave_one_out, load_interactions
 from imecd.metrics import evaluate, measure
+from imecd.runs import commit_of_package
 
 PEERS = {"RecBole's SASRec": ('recbole', 'recbole_scores.py', ()), "RePlay's SASRec": ('replay', 'replay_scores.py', ()), "Cornac's SASRec": ('cornac', 'cornac_scores.py', ('sasrec',)), "Cornac's GRU4Rec": ('cornac', 'cornac_scores.py', ('gru4rec',))}
 
@@ -43,7 +44,7 @@ def main():
             for seed in range(a.seeds):
                 start = time.time(); subprocess.run([python(home), HERE/'peers'/script, events, scores, str(seed), *args], check=True, stdout=sys.stderr, cwd=folder, env={**os.environ, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1'})
                 m = measure(evaluate(Told(np.load(scores)), data, data.cases('test')), data.counts())
-                rows.append({'model': who, 'seed': seed, **{k: m['test'][k] for k in ('hr@10', 'ndcg@10', 'coverage@10')}, 'masked ndcg@10': m['test_masked']['ndcg@10'], 'minutes': (time.time()-start)/60}); pl.DataFrame(rows).write_csv(a.out); print(rows[-1], flush=True)
+                rows.append({'model': who, 'seed': seed, **{k: m['test'][k] for k in ('hr@10', 'ndcg@10', 'coverage@10')}, 'masked ndcg@10': m['test_masked']['ndcg@10'], 'data': a.data.name, 'minutes': (time.time()-start)/60, 'commit': commit_of_package()}); pl.DataFrame(rows).write_csv(a.out); print(rows[-1], flush=True)
 
 
 if __name__ == '__main__': main()
