@@ -185,10 +185,10 @@ def answer_table(
     users=None,    # (R,) of a batch
 )->pl.DataFrame: # user (in a batch), rank, item, title, score, seen, by
     "Recommendations for people to read."
-    r, place = (items != PAD).nonzero(as_tuple=True); found = items[r, place]; k = (found-1).numpy(); seen = [set(h) for h in rows]
+    r, place = (items != PAD).nonzero(as_tuple=True); found = items[r, place]; k = (found-1).numpy()
     names = shelf.items['title'] if 'title' in shelf.items.columns else pl.Series('title', [None]*len(shelf), dtype=pl.String)
     table = pl.DataFrame({'rank': (place+1).numpy(), ITEM: shelf.items[ITEM][k], 'title': names[k], 'score': scores[r, place].numpy(),
-                          'seen': [i in seen[row] for row, i in zip(r.tolist(), found.tolist())], 'by': pl.Series(by, dtype=pl.String)[r.numpy()]})
+                          'seen': [i in rows[row] for row, i in zip(r.tolist(), found.tolist())], 'by': pl.Series(by, dtype=pl.String)[r.numpy()]})
     return table if users is None else table.insert_column(0, pl.Series(USER, users)[r.numpy()])
 
 # %% ../nbs/11g_asking.ipynb #7b417581

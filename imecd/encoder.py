@@ -135,7 +135,10 @@ class Block(nn.Module):
         self.norm1, self.norm2 = StackedNorm(streams, dim), StackedNorm(streams, dim)
         self.up, self.down = StackedLinear(streams, dim, inner), StackedLinear(streams, inner, dim)
 
-    def feed(self, x:Tensor)->Tensor: return self.down(F.gelu(self.up(x)))  # (S, P, D) -> (S, P, D)
+    def feed(self, x:Tensor)->Tensor:  # (S, P, D) -> (S, P, D)
+        "At rest on a processor some positions at a time, so that what is inside stays in its cache."
+        layers = lambda x: self.down(F.gelu(self.up(x)))
+        return layers(x) if torch.is_grad_enabled() or x.device.type != 'cpu' else torch.cat([layers(part) for part in x.split(1024, 1)], 1)
 
     def forward(self, x:Tensor, layout:Layout, ends:Tensor|None=None)->Tensor:  # (S, P, D) -> (S, P, D); of the positions `ends` (R,) alone: (S, R, D)
         here, read = (x, self.attention) if ends is None else (x.index_select(1, ends), lambda x, layout: self.attention.last(x, layout, ends))

@@ -250,10 +250,11 @@ def pack_histories(
 )->Batch: # nothing is asked
     "Histories as packed rows; what cannot be read is named."
     if not len(histories): raise ImecdError('no histories; give a list of them, each a list of item ids')
-    for r, h in enumerate(histories):
+    plain = {*map(type, histories)} == {list} and all(histories) and {*map(type, itertools.chain.from_iterable(histories))} == {int} and 1 <= min(map(min, histories)) and max(map(max, histories)) <= n_items
+    for r, h in () if plain else enumerate(histories):  # one by one only where something is to be named
         if isinstance(h, (str, Integral)): raise ImecdError(f'history {r} is {h!r}; give a list of histories, each a list of item ids')
         if not len(h): raise ImecdError(f'history {r} is empty; a history needs at least one item')
-        if not (set(map(type, h)) == {int} and 1 <= min(h) and max(h) <= n_items) and (bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]):
+        if bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]:
             raise ImecdError(f"history {r}: {bad[0]!r} is no item; ids go from 1 to {n_items}, in the order of the data set's items")
     items, n = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(h[-length:] for h in histories), np.int64)), torch.tensor([min(len(h), length) for h in histories]); offsets = torch.cat([n.new_zeros(1), n.cumsum(0)])
     users = torch.zeros(len(n), dtype=torch.long) if users is None else users  # alone or in company, a history gets one answer

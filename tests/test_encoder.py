@@ -269,3 +269,10 @@ def test_the_last_state_asks_for_one_query_a_row():
     "A gradient reaches the whole history through keys and values, and nobody else's."
     e, x = made(), vectors([3, 4]).requires_grad_(); e(x, ends([3, 4]), last=True)[:, 1].sum().backward()
     assert (x.grad[:, :3] == 0).all() and (x.grad[:, 3:].abs().sum(-1) > 0).all()
+
+
+@BOTH
+def test_parts_at_rest_are_the_whole(norm):
+    "More positions than are looked at together where no gradient is asked for."
+    lengths = [12]*180; e, x, o = made(norm), vectors([12]*180), ends(lengths); whole = e(x, o)
+    with torch.no_grad(): assert x.shape[1] > 2*1024 and torch.allclose(e(x, o), whole, atol=1e-5) and torch.allclose(e(x, o, last=True), whole[:, o[1:]-1], atol=1e-5)
