@@ -52,9 +52,12 @@ def plan(
     return list({job.name: job for job in jobs}.values())
 
 # %% ../nbs/11f_studies.ipynb #8b0ad525
-def end_with_parent(every:float=1.)->None:
-    "From now on, look every so many seconds whether the process that started this one is still there; end when it is not."
-    parent = os.getppid()
+def end_with_parent(
+    parent:int|None=None, # number of the process that started this one; told by it, because it may end before this one has begun to look
+    every:float=1.,       # seconds
+)->None:
+    "From now on, look every so often whether the process that started this one is still there; end when it is not."
+    parent = parent or os.getppid()
     def watch():
         while os.getppid() == parent: time.sleep(every)
         os._exit(1)
@@ -70,7 +73,7 @@ def command(
 )->list[str]:
     "What makes a run."
     told = {**({} if job.model in MODELS else settings), **job.settings}
-    return [sys.executable, '-c', 'from imecd.studies import end_with_parent; end_with_parent(); from imecd.cli import main; main()', 'train', str(folder), '--out', str(out), '--model', job.model, '--seed', str(job.seed),
+    return [sys.executable, '-c', f'from imecd.studies import end_with_parent; end_with_parent({os.getpid()}); from imecd.cli import main; main()', 'train', str(folder), '--out', str(out), '--model', job.model, '--seed', str(job.seed),
             *(x for k, v in told.items() for x in ('--set', f'{k}={v if isinstance(v, str) else json.dumps(v)}')), *more, *(['--resume'] if training_folder(out).exists() else [])]
 
 # %% ../nbs/11f_studies.ipynb #belongst

@@ -19,7 +19,7 @@ from imecd.model import PRESETS
 from imecd.runs import load_run
 from imecd.running import NETWORKS, train_run
 from imecd.shop import make_shop
-from imecd.studies import Job, ablations, compare_runs, end_with_parent, find_runs, group_runs, per_user, plan, run_jobs, seed_table, slice_table
+from imecd.studies import Job, ablations, command, compare_runs, end_with_parent, find_runs, group_runs, per_user, plan, run_jobs, seed_table, slice_table
 from imecd.tuning import SPACE, default_trial, space_of, tune
 
 SMALL = {'dim': 16, 'inner': 32, 'layers': 1, 'train.epochs': 6, 'train.targets': 256}
@@ -150,11 +150,16 @@ def test_groups_of_one_model_are_told_apart(study, shop, tmp_path):
 
 
 def test_a_child_outlives_nobody(tmp_path):
-    inner = f'import os, time, pathlib; pathlib.Path("{tmp_path}/pid").write_text(str(os.getpid())); from imecd.studies import end_with_parent; end_with_parent(.1); pathlib.Path("{tmp_path}/on").touch(); time.sleep(60)'
+    inner = f'import os, time, pathlib; pathlib.Path("{tmp_path}/pid").write_text(str(os.getpid())); from imecd.studies import end_with_parent; end_with_parent(every=.1); pathlib.Path("{tmp_path}/on").touch(); time.sleep(60)'
     child = subprocess.Popen([sys.executable, '-c', f'import subprocess, sys, time; subprocess.Popen([sys.executable, "-c", {inner!r}]); time.sleep(60)']); until(lambda: (tmp_path/'on').exists(), child); pid = int((tmp_path/'pid').read_text()); child.kill(); child.wait(); end = time.time()+5
     while Path(f'/proc/{pid}/stat').exists() and Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z' and time.time() < end: time.sleep(.05)
     assert not Path(f'/proc/{pid}/stat').exists() or Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z'
-    assert end_with_parent.__doc__
+
+
+def test_a_training_whose_parent_ended_while_it_began_ends_too(tmp_path):
+    dead = subprocess.Popen([sys.executable, '-c', '']); dead.wait()
+    assert subprocess.run([sys.executable, '-c', f'import time; from imecd.studies import end_with_parent; end_with_parent({dead.pid}, .1); time.sleep(60)'], timeout=50).returncode == 1
+    told = command(tmp_path, tmp_path/'run', Job('sasrec', {}, 0), {}); assert f'end_with_parent({os.getpid()})' in told[2]
 
 
 def test_a_study_of_something_else_is_refused(shop, tmp_path, imecd):
