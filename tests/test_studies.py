@@ -19,7 +19,7 @@ from imecd.model import PRESETS
 from imecd.runs import load_run
 from imecd.running import NETWORKS, train_run
 from imecd.shop import make_shop
-from imecd.studies import Job, ablations, command, compare_runs, end_with_parent, find_runs, group_runs, per_user, plan, run_jobs, seed_table, slice_table
+from imecd.studies import Job, ablations, command, compare_runs, find_runs, group_runs, per_user, plan, run_jobs, seed_table, slice_table
 from imecd.tuning import SPACE, default_trial, space_of, tune
 
 SMALL = {'dim': 16, 'inner': 32, 'layers': 1, 'train.epochs': 6, 'train.targets': 256}
