@@ -93,7 +93,7 @@ def test_chapter_has_figures(path):
     assert len(pictures) >= 2
 
 
-@chapters
+@every
 def test_chapter_opens_with_title_and_subtitle(path):
     first = read(path).cells[0]
     assert first.cell_type == 'markdown' and re.fullmatch(r'# [^\n]+\n\n> [^\n]+', first.source)
