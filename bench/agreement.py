@@ -36,7 +36,7 @@ class Told:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', type=Path); parser.add_argument('--seeds', type=int, default=3); parser.add_argument('--data', type=Path, default=DATA/'amazon18_office'); parser.add_argument('--only', default='')
-    a = parser.parse_args(); split = leave_one_out(load_interactions(a.data)); d = split.data; data = load_split(a.data, 'leave_one_out', 50); rows = []
+    a = parser.parse_args(); commit = commit_of_package(); split = leave_one_out(load_interactions(a.data)); d = split.data; data = load_split(a.data, 'leave_one_out', 50); rows = []
     with tempfile.TemporaryDirectory() as folder:
         events, scores = Path(folder)/'events.npz', Path(folder)/'scores.npy'; np.savez(events, events=d.events, offsets=d.offsets, train=split.train, n_items=d.n_items)
         for who, (home, script, args) in PEERS.items():
@@ -44,7 +44,7 @@ def main():
             for seed in range(a.seeds):
                 start = time.time(); subprocess.run([python(home), HERE/'peers'/script, events, scores, str(seed), *args], check=True, stdout=sys.stderr, cwd=folder, env={**os.environ, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1'})
                 m = measure(evaluate(Told(np.load(scores)), data, data.cases('test')), data.counts())
-                rows.append({'model': who, 'seed': seed, **{k: m['test'][k] for k in ('hr@10', 'ndcg@10', 'coverage@10')}, 'masked ndcg@10': m['test_masked']['ndcg@10'], 'data': a.data.name, 'minutes': (time.time()-start)/60, 'commit': commit_of_package()}); pl.DataFrame(rows).write_csv(a.out); print(rows[-1], flush=True)
+                rows.append({'model': who, 'seed': seed, **{k: m['test'][k] for k in ('hr@10', 'ndcg@10', 'coverage@10')}, 'masked ndcg@10': m['test_masked']['ndcg@10'], 'data': a.data.resolve().name, 'minutes': (time.time()-start)/60, 'commit': commit}); pl.DataFrame(rows).write_csv(a.out); print(rows[-1], flush=True)
 
 
 if __name__ == '__main__': main()

@@ -170,6 +170,7 @@ def _notes(
     source:Source,      # the file
     found:dict,         # canonical name -> column of the file
     table:pl.DataFrame, # all rows, cleaned
+    row_order:bool=False, # whether the rows are in order
 )->list:
     "What was guessed and converted, in words."
     notes = [f'{k} is column {short(c)}' for k, c in found.items() if k != c]
@@ -178,10 +179,12 @@ def _notes(
     if source.kind == 'atomic' and not all(':' in c for c in source.schema): notes.append('header without RecBole types')
     if n := table['spaced'].sum(): notes.append(f'white space around ids removed in {n:,} rows')
     if 'unit' in table.columns:
-        kept = table.filter(pl.col('reason') == 0)['unit'].value_counts().sort('unit')
+        good = table.filter(pl.col('reason') == 0); kept = good['unit'].value_counts().sort('unit')
         notes += [f"{n:,} times converted from {('', 'milliseconds', 'microseconds', 'nanoseconds', 'dates (UTC where no zone is given)')[u]}"
                   for u, n in kept.iter_rows() if u]
-        if kept['unit'].eq(0).all() and (last := table['_timestamp'].max() or 0) < 1e13: notes.append(f"numbers were read as seconds since 1970 and end at {last//1_000_000:,}, in its first months; if they are an order, or years, say --column order={short(found[TIME])}")
+        if len(good) and kept['unit'].eq(0).all() and (last := good['_timestamp'].max()) < 1e13:
+            cure = '' if row_order or ORDER in found or (good['_timestamp'] % 1_000_000 != 0).any() else f'; if they are an order, or years, say --column order={short(found[TIME])}'
+            notes.append(f'numbers were read as seconds since 1970 and end at {last//1_000_000:,}, in its first months{cure}')
     return notes
 
 # %% ../nbs/01_interactions.ipynb #620cdf3f
@@ -196,7 +199,7 @@ def read_events(
     source = look(src, format)
     found = choose(source, told, GUESS); _need(source, found, row_order)
     table = _clean(source, found); total = len(table)
-    notes = _notes(source, found, table)
+    notes = _notes(source, found, table, row_order)
     bad = table.filter(pl.col('reason') > 0).select(ROW, 'reason')
     table = (table.filter(pl.col('reason') == 0) if len(bad) else table).drop('reason', 'spaced', 'unit', strict=False)
     again = _repeats(table)

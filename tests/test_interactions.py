@@ -203,6 +203,9 @@ def test_years_are_told_from_times(tmp_path):
     said = read_events(tmp_path/'e.csv').notes; assert len(said) == 1 and 'end at 2,003' in said[0] and "--column order='timestamp'" in said[0]
     assert read_events(tmp_path/'e.csv', {'order': 'timestamp'}).table.columns == ['user', 'item', 'order']
     (tmp_path/'e.csv').write_text('user,item,timestamp\na,b,2001\na,c,1400000000\n'); assert read_events(tmp_path/'e.csv').notes == []
+    (tmp_path/'e.csv').write_text('user,item,timestamp\na,b,2001\n,c,1400000000\n'); assert 'end at 2,001' in read_events(tmp_path/'e.csv').notes[0]  # a row that is left out tells nothing
+    for more, columns in (('order\na,b,2001,1\na,c,2002,2', None), ('x\na,b,2001.5,1\na,c,2002.25,2', None), ('x\na,b,2001,1\na,c,2002,2', {'order': 'row'})):  # no cure that would lose an order or cannot be followed
+        (tmp_path/'e.csv').write_text(f'user,item,timestamp,{more}\n'); assert [n for n in read_events(tmp_path/'e.csv', columns).notes if n.startswith('numbers')][0].endswith('months')
 
 
 def test_row_order(tmp_path):

@@ -158,7 +158,7 @@ def test_a_child_outlives_nobody(tmp_path):
 
 def test_a_training_whose_parent_ended_while_it_began_ends_too(tmp_path):
     dead = subprocess.Popen([sys.executable, '-c', '']); dead.wait()
-    assert subprocess.run([sys.executable, '-c', f'import time; from imecd.studies import end_with_parent; end_with_parent({dead.pid}, .1); time.sleep(60)'], timeout=50).returncode == 1
+    ended = subprocess.run([sys.executable, '-c', f'import time; from imecd.studies import end_with_parent; end_with_parent({dead.pid}, .1); time.sleep(60)'], timeout=50, capture_output=True, text=True); assert ended.returncode == 1 and 'has ended' in ended.stderr
     told = command(tmp_path, tmp_path/'run', Job('sasrec', {}, 0), {}); assert f'end_with_parent({os.getpid()})' in told[2]
 
 
