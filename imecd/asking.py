@@ -15,14 +15,14 @@ from .files import look, names_of, nearest, read_table, short
 from .values import id_of, number_of, time_of
 from .features import Features
 from .batch import Batch, SequenceData, block_sizes
-from .ranking import best, block_rows
+from .ranking import best, block_rows, history_pairs
 from .threads import askers, cut_parts, side_by_side
 from .content import find_pictures
-from .towers import pack_histories
+from .towers import Histories, pack_histories
 
 # %% auto #0
 __all__ = ['Shelf', 'shelf_of', 'dense_history', 'find_title', 'find_titles', 'history_keys', 'read_rows', 'top_items',
-           'by_popularity', 'answer_table', 'ask', 'open_table', 'table_histories']
+           'by_popularity', 'holds', 'answer_table', 'ask', 'open_table', 'table_histories']
 
 # %% ../nbs/11g_asking.ipynb #3c75b3cc
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def history_keys(
 def read_rows(
     model,       # fitted
     shelf:Shelf, # its items
-    rows:list,   # R histories of dense ids, none empty
+    rows,        # R histories of dense ids, none empty: lists, or `Histories`
 )->Batch: # where the model computes, with the key of each history
     "Histories as a model reads them."
     batch = pack_histories(rows, shelf.length, len(shelf)); batch = batch._replace(users=history_keys(batch, shelf.marks))
@@ -150,20 +150,20 @@ def read_rows(
 def top_items(
     model,        # fitted, at rest
     shelf:Shelf,  # its items
-    rows:list,    # R histories of dense ids, none empty
+    rows,         # R histories of dense ids, none empty: lists, or `Histories`
     k:int,        # length of the lists
     exclude_seen:bool=False, # leave out what is in the history
 )->tuple[Tensor, Tensor]: # (R, k) dense ids, PAD where there are no more; (R, k) scores
     "The best items of each history."
-    order = sorted(range(len(rows)), key=lambda r: len(rows[r]))              # neighbours of one length waste no padding
+    rows = Histories.of(rows, len(shelf)); order = rows.lengths.argsort(stable=True)  # neighbours of one length waste no padding
     threads = askers(model); step = block_rows(len(shelf)+1, 'cpu', None, threads)
-    sizes = block_sizes(torch.tensor([min(len(rows[r]), shelf.length) for r in order]), 512) if getattr(model, 'bias', shelf.counts).device.type == 'cpu' else 512
+    sizes = block_sizes(rows.lengths[order].clamp(max=shelf.length), 512) if getattr(model, 'bias', shelf.counts).device.type == 'cpu' else 512
     def lists(query, some):
-        scores = model.score(query).to(shelf.counts.device); pairs = [(r, i) for r, h in enumerate(some) for i in sorted(set(h))] if exclude_seen else None
-        items = best(scores, k, None if pairs is None else tuple(torch.tensor(pairs).T.contiguous())); return items, scores.gather(1, items)
-    def part(at): some = [rows[r] for r in at.tolist()]; query = model.query(read_rows(model, shelf, some)); return [lists(query[b:b+step], some[b:b+step]) for b in range(0, len(some), step)]
-    parts = cut_parts(torch.tensor(order).split(sizes), threads); out = [x for found in side_by_side(part, parts, threads) for x in found]
-    back = torch.tensor(order).argsort(); return tuple(torch.cat(x)[back] for x in zip(*out))
+        scores = model.score(query).to(shelf.counts.device); items = best(scores, k, history_pairs((some.items, some.offsets), torch.full((len(some),), PAD), len(shelf)) if exclude_seen else None)
+        return items, scores.gather(1, items)
+    def part(at): some = rows[at]; query = model.query(read_rows(model, shelf, some)); return [lists(query[b:b+step], some[b:b+step]) for b in range(0, len(some), step)]
+    parts = cut_parts(order.split(sizes), threads); out = [x for found in side_by_side(part, parts, threads) for x in found]
+    back = order.argsort(); return tuple(torch.cat(x)[back] for x in zip(*out))
 
 # %% ../nbs/11g_asking.ipynb #cb2355df
 def by_popularity(
@@ -175,12 +175,22 @@ def by_popularity(
     scores = shelf.counts.float()[None]; items = best(scores, k)
     return items.expand(rows, -1), scores.gather(1, items).expand(rows, -1)
 
+# %% ../nbs/11g_asking.ipynb #held0001
+def holds(
+    rows:Histories, # R of them
+    row:Tensor,     # (K,) which of them is asked
+    items:Tensor,   # (K,) dense ids
+)->Tensor: # (K,) bool
+    "Whether a history has an item."
+    key = lambda row, item: (row << 32)+item; own = key(torch.repeat_interleave(torch.arange(len(rows)), rows.lengths), rows.items)
+    own, want = torch.cat([own, own.new_tensor([-1])]).sort().values, key(row, items); return own[torch.searchsorted(own, want).clamp(max=len(own)-1)] == want
+
 # %% ../nbs/11g_asking.ipynb #b9775d02
 def answer_table(
     shelf:Shelf,   # of the model
     items:Tensor,  # (R, k) from `top_items`
     scores:Tensor, # (R, k)
-    rows:list,     # R histories of dense ids
+    rows:Histories,# R of them
     by:list[str],  # (R,) who answered
     users=None,    # (R,) of a batch
 )->pl.DataFrame: # user (in a batch), rank, item, title, score, seen, by
@@ -188,14 +198,14 @@ def answer_table(
     r, place = (items != PAD).nonzero(as_tuple=True); found = items[r, place]; k = (found-1).numpy()
     names = shelf.items['title'] if 'title' in shelf.items.columns else pl.Series('title', [None]*len(shelf), dtype=pl.String)
     table = pl.DataFrame({'rank': (place+1).numpy(), ITEM: shelf.items[ITEM][k], 'title': names[k], 'score': scores[r, place].numpy(),
-                          'seen': [i in rows[row] for row, i in zip(r.tolist(), found.tolist())], 'by': pl.Series(by, dtype=pl.String)[r.numpy()]})
+                          'seen': holds(rows, r, found).numpy(), 'by': pl.Series(by, dtype=pl.String)[r.numpy()]})
     return table if users is None else table.insert_column(0, pl.Series(USER, users)[r.numpy()])
 
 # %% ../nbs/11g_asking.ipynb #7b417581
 def ask(
     model,         # fitted, at rest
     shelf:Shelf,   # its items
-    rows:list,     # R histories of dense ids; an empty one is answered by popularity
+    rows,          # R histories of dense ids: lists, or `Histories`; an empty one is answered by popularity
     k:int=10,      # length of the lists
     exclude_seen:bool=False, # leave out what is in the history
     name:str='model', # of the model
@@ -203,11 +213,10 @@ def ask(
 )->pl.DataFrame: # see `answer_table`
     "Recommendations for histories."
     if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise ImecdError(f'k={k!r}: how many items to recommend, a whole number from 1')
-    if not rows: return answer_table(shelf, torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k), [], [], users)
-    items, scores, some, rest = torch.zeros(len(rows), k, dtype=torch.long), torch.zeros(len(rows), k), [r for r, h in enumerate(rows) if h], [r for r, h in enumerate(rows) if not h]
-    if rest: items[rest], scores[rest] = by_popularity(shelf, len(rest), k)
-    if some: items[some], scores[some] = top_items(model, shelf, [rows[r] for r in some], k, exclude_seen)
-    return answer_table(shelf, items, scores, rows, [name if h else 'popularity' for h in rows], users)
+    rows = Histories.of(rows, len(shelf)); known = rows.lengths > 0; items, scores = torch.full((len(rows), k), PAD), torch.zeros(len(rows), k)
+    if n := int((~known).sum()): items[~known], scores[~known] = by_popularity(shelf, n, k)
+    if known.any(): items[known], scores[known] = top_items(model, shelf, rows[known], k, exclude_seen)
+    return answer_table(shelf, items, scores, rows, [name if h else 'popularity' for h in known.tolist()], users)
 
 # %% ../nbs/11g_asking.ipynb #plain007
 def _whole(
@@ -252,10 +261,11 @@ def table_histories(
     shelf:Shelf,          # of the model
     table,                # see `open_table`
     unknown:str='refuse', # or `skip`
-)->tuple[list, list[list[int]]]: # users as they are, in the order in which they come; their histories in dense ids
+)->tuple[list, Histories]: # users as they are, in the order in which they come; their histories in dense ids
     "The histories of a table of events."
     known = open_table(table).with_columns(k=pl.col(ITEM).cast(pl.String).replace_strict(shelf.places, default=None, return_dtype=pl.Int64)); lost = known.filter(pl.col('k').is_null())
     if len(lost) and unknown != 'skip': raise _unknown(shelf, lost[ITEM][0], f'the table, user {short(lost[USER][0])}')
     if len(lost): warnings.warn(f"the table: left out {len(lost)} of {len(known)} rows whose items this model does not know: {', '.join(short(i, 30) for i in lost[ITEM].unique(maintain_order=True)[:5])}", stacklevel=3)
     grouped = known.group_by(USER, maintain_order=True).agg(pl.col('k').drop_nulls())
-    return grouped[USER].to_list(), grouped['k'].to_list()
+    laid = lambda numbers: torch.from_numpy(numbers.cast(pl.Int64).to_numpy(writable=True)); n = laid(grouped['k'].list.len())
+    return grouped[USER].to_list(), Histories(laid(grouped['k'].explode().drop_nulls()), torch.cat([n.new_zeros(1), n.cumsum(0)]))

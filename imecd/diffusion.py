@@ -286,7 +286,7 @@ class ContrastiveDiffusion(nn.Module):
 
     def guess(self, x_t:Tensor, t:Tensor|int, c:Tensor)->Tensor:  # (P, D) on the sphere
         "The noisy item enters weighed by its share of signal, so pure noise says nothing (as the best linear guess does; Karras et al. 2022 scale inputs likewise)."
-        t = torch.as_tensor(t, device=c.device).expand(len(c)); share = self.schedule.alpha_bar[t].sqrt()[:, None]
+        t = torch.as_tensor(t, device=c.device).view(-1); share = self.schedule.alpha_bar[t].sqrt()[:, None]  # (P,), or (1,) where it is one for all
         return sphere(wide(self.denoiser(share*x_t, t/self.schedule.steps, c)))
 
     def forward(self, c:Tensor, items:Tensor, part:Part|None=None)->CDGOut:  # (P, D) conditions, (P, D) target vectors, which questions of the step they are

@@ -109,11 +109,12 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(len(x), layout.rows*layout.longest, x.shape[-1]).index_select(1, layout.place))
 
     def last(self, x:Tensor, layout:Layout, ends:Tensor)->Tensor:  # (S, P, D), (R,) -> (S, R, D)
-        "The same for the last position of every row: all keys and values, one query."
-        (streams, _, dim), w, b = x.shape, self.qkv.weight, self.qkv.bias; ask = torch.baddbmm(b[..., :dim], x.index_select(1, ends), w[..., :dim])
-        k, v = self.lay(torch.baddbmm(b[..., dim:], x, w[..., dim:]), layout); own = torch.arange(layout.longest, device=x.device) <= layout.positions[ends, None]  # (R, L)
-        y = F.scaled_dot_product_attention(ask.reshape(len(k), self.heads, 1, -1), k, v, own.repeat(streams, 1)[:, None, None])
-        return self.out(y.reshape(streams, -1, dim))
+        "The same for the last position of every row. The maps of keys and values are applied to its one query and to its one answer, not to all positions; the bias of the keys adds one number to all scores of a row, and falls out."
+        n, rows = len(x), layout.rows; q, k, v = self.qkv.weight.unflatten(-1, (3, self.heads, -1)).unbind(2); bq, _, bv = self.qkv.bias.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (S, D, H, D/H), (S, 1, H, D/H)
+        ask = torch.einsum('srhd,sihd->srhi', torch.einsum('sri,sihd->srhd', x.index_select(1, ends), q)+bq, k)                 # (S, R, H, D)
+        past = x.index_select(1, layout.back).view(n*rows, layout.longest, -1); later = torch.arange(layout.longest, device=x.device) > layout.positions[ends, None]  # (S*R, L, D), (R, L)
+        a = wide(ask.flatten(0, 1)@past.mT).div(q.shape[-1]**.5).masked_fill(later.repeat(n, 1)[:, None], -torch.inf).softmax(-1)  # (S*R, H, L)
+        return self.out((torch.einsum('srhi,sihd->srhd', (a.to(past.dtype)@past).unflatten(0, (n, rows)), v)+bv).flatten(2))
 
     def weights(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (S, R, H, L, L)
         "Who looks at whom; rows and columns beyond a row's own length mean nothing."
@@ -137,8 +138,8 @@ class Block(nn.Module):
 
     def feed(self, x:Tensor)->Tensor:  # (S, P, D) -> (S, P, D)
         "At rest on a processor some positions at a time, so that what is inside stays in its cache."
-        layers = lambda x: self.down(F.gelu(self.up(x)))
-        return layers(x) if torch.is_grad_enabled() or x.device.type != 'cpu' else torch.cat([layers(part) for part in x.split(1024, 1)], 1)
+        if torch.is_grad_enabled() or x.device.type != 'cpu': return self.down(F.gelu(self.up(x)))
+        return torch.cat([self.down(torch.ops.aten.gelu_(self.up(part))) for part in x.split(1024, 1)], 1)
 
     def forward(self, x:Tensor, layout:Layout, ends:Tensor|None=None)->Tensor:  # (S, P, D) -> (S, P, D); of the positions `ends` (R,) alone: (S, R, D)
         here, read = (x, self.attention) if ends is None else (x.index_select(1, ends), lambda x, layout: self.attention.last(x, layout, ends))

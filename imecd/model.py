@@ -266,7 +266,7 @@ class IMECD(Generator):
         if not len(y): raise ImecdError('this batch asks nothing: all its targets are PAD; give it at least one')
         if self.sampled: some = draw_candidates(self.chance[0], torch.cat([batch.items, y]), self.config.negatives, self.chance[1]); (rows, bias), y, mine = some, some.local(y), mine._replace(items=some.local(mine.items))
         items = self.table(y.unique(), rows); rest = self.reader.learn_codes(items, mine, turn.positions) if self.training and self.reader.vq is not None and self.reader.vq.ready else None
-        q, vq = self.reader(self.reader.states(items, mine), mine, turn.positions); vq = vq if rest is None else vq._replace(lost=rest.lost); asked = places[part.own]-turn.positions.start
+        q, vq = self.reader(self.reader.states(items, mine), mine, turn.positions); vq = vq if rest is None else vq._replace(states=rest.states, rest=rest.rest); asked = places[part.own]-turn.positions.start
         q, users = q.index_select(0, asked), batch.users.repeat_interleave(batch.lengths, output_size=len(batch.items))[places]; seen = None if self.again is None and not self.sampled else seen_items(mine, asked)
         term = lambda x: part.weight*mean_catalogue_loss(self.ask(x), items.vectors, y[part.own], bias, seen, self.repeat, strip=self.config.chunk)
         parts, cdg = {'condition': term(q)}, None

@@ -18,7 +18,7 @@ from .vq import ModalityVQ, VQOut
 
 # %% auto #0
 __all__ = ['unit', 'plot_blocks', 'ItemConfig', 'Items', 'feature_table', 'ItemTables', 'ItemTower', 'mean_so_far',
-           'HistoryConfig', 'UserTower', 'pack_histories', 'seen_items', 'any_tied', 'Stored']
+           'HistoryConfig', 'UserTower', 'Histories', 'pack_histories', 'seen_items', 'any_tied', 'Stored']
 
 # %% ../nbs/07b_towers.ipynb #a297149b
 def unit(
@@ -241,24 +241,46 @@ class UserTower(nn.Module):
         if self.vq is not None: s = self.coded(h, batch); out = self.vq(s, part); h = h+(out.quantised-s)
         return self.fuse(torch.cat(list(h), -1)), out
 
+# %% ../nbs/07b_towers.ipynb #hist0001
+@dataclasses.dataclass(frozen=True)
+class Histories:
+    "R histories of dense item ids, oldest first, laid end to end; walked through, each is a list."
+    items: Tensor   # (K,) int64
+    offsets: Tensor # (R+1,) where each begins
+
+    @classmethod
+    def of(cls, rows, n_items:int):
+        "Of R lists, or of what is laid end to end already; what is no list of ids from 1 to `n_items` is named."
+        if isinstance(rows, cls): return rows
+        plain = {*map(type, rows)} <= {list} and {*map(type, itertools.chain.from_iterable(rows))} <= {int} and all(1 <= min(h) and max(h) <= n_items for h in rows if h)
+        for r, h in () if plain else enumerate(rows):  # one by one only where something is to be named
+            if isinstance(h, (str, Integral)): raise ImecdError(f'history {r} is {h!r}; give a list of histories, each a list of item ids')
+            if bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]: raise ImecdError(f"history {r}: {bad[0]!r} is no item; ids go from 1 to {n_items}, in the order of the data set's items")
+        return cls(torch.from_numpy(np.fromiter(itertools.chain.from_iterable(rows), np.int64)), torch.tensor([0, *map(len, rows)]).cumsum(0))
+
+    def __len__(self)->int: return len(self.offsets)-1
+    def __iter__(self): return map(Tensor.tolist, self.items.split(self.lengths.tolist()))
+    def __getitem__(self, at:slice|Tensor): return self.cut(self.offsets[:-1][at], self.lengths[at])
+    @property
+    def lengths(self)->Tensor: return self.offsets.diff()  # (R,)
+
+    def cut(self, start:Tensor, n:Tensor):  # (r,), (r,): the n items from each start
+        offsets = F.pad(n.cumsum(0), (1, 0)); return Histories(self.items[torch.repeat_interleave(start-offsets[:-1], n)+torch.arange(int(offsets[-1]))], offsets)
+
+    def last(self, length:int): n = self.lengths.clamp(max=length); return self.cut(self.offsets[1:]-n, n)  # what is read of each
+
 # %% ../nbs/07b_towers.ipynb #7ba0acb1
 def pack_histories(
-    histories:list,         # R lists of dense item ids, oldest first
+    histories,              # R lists of dense item ids, oldest first, or `Histories`; none empty
     length:int,             # L, how many of the last items are read
     n_items:int,            # N
     users:Tensor|None=None, # (R,) whose they are; they key the noise
 )->Batch: # nothing is asked
     "Histories as packed rows; what cannot be read is named."
     if not len(histories): raise ImecdError('no histories; give a list of them, each a list of item ids')
-    plain = {*map(type, histories)} == {list} and all(histories) and {*map(type, itertools.chain.from_iterable(histories))} == {int} and 1 <= min(map(min, histories)) and max(map(max, histories)) <= n_items
-    for r, h in () if plain else enumerate(histories):  # one by one only where something is to be named
-        if isinstance(h, (str, Integral)): raise ImecdError(f'history {r} is {h!r}; give a list of histories, each a list of item ids')
-        if not len(h): raise ImecdError(f'history {r} is empty; a history needs at least one item')
-        if bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]:
-            raise ImecdError(f"history {r}: {bad[0]!r} is no item; ids go from 1 to {n_items}, in the order of the data set's items")
-    items, n = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(h[-length:] for h in histories), np.int64)), torch.tensor([min(len(h), length) for h in histories]); offsets = torch.cat([n.new_zeros(1), n.cumsum(0)])
-    users = torch.zeros(len(n), dtype=torch.long) if users is None else users  # alone or in company, a history gets one answer
-    return Batch(users, items, torch.full_like(items, PAD), torch.arange(len(items))-torch.repeat_interleave(offsets[:-1], n), offsets)
+    rows = Histories.of(histories, n_items).last(length); n = rows.lengths; users = torch.zeros(len(n), dtype=torch.long) if users is None else users  # alone or in company, a history gets one answer
+    if len(empty := (n == 0).nonzero()): raise ImecdError(f'history {int(empty[0])} is empty; a history needs at least one item')
+    return Batch(users, rows.items, torch.full_like(rows.items, PAD), torch.arange(len(rows.items))-torch.repeat_interleave(rows.offsets[:-1], n), rows.offsets)
 
 # %% ../nbs/07b_towers.ipynb #d3b06e4f
 def seen_items(

@@ -22,13 +22,14 @@ class VQOut(NamedTuple):
     quantised: Tensor # (S, P, D)
     codes: Tensor     # (S, P) number of the chosen code, (S, P, levels) with residual levels; -1 before the codes are placed
     loss: Tensor      # () commitment, plus the codebook loss where codes are parameters; summed over streams
-    lost: Tensor      # (S,) share of the variance of the states that their codes do not tell
+    states: Tensor    # (S, P, D) what was quantised, in units of the codes
+    rest: Tensor      # (S, P, D) what its codes do not tell
+
+    @property
+    def lost(self)->Tensor: return lost_share(self.states, self.rest)  # (S,) worked out where it is asked for
 
 # %% ../nbs/06_vq.ipynb #2940b31d
-def lost_share(
-    x:Tensor,    # (S, P, D) states
-    rest:Tensor, # (S, P, D) states minus their codes
-)->Tensor: # (S,) 0 where codes tell everything, 1 where they are worth one code for all, above 1 where they lag behind
+def lost_share(x:Tensor, rest:Tensor)->Tensor:  # (S, P, D) states, what their codes leave of them -> (S,) 0 where codes tell everything, 1 where they are worth one code for all, above 1 where they lag behind
     "The share of the variance of the states that is left beside their codes."
     return rest.square().mean((1, 2))/x.var(1, correction=0).mean(-1).clamp(min=1e-12)
 
@@ -163,7 +164,7 @@ class VectorQuantizer(nn.Module):
             elif self.training:
                 self.codes.copy_(follow_members(still, chosen, self.counts, self.sums, self.decay, part=part))
                 if self.revive: revive_codes(still, self.codes, self.counts, self.sums, self.idle, self.revive, part=part)
-            return VQOut(q.detach(), chosen, loss, lost_share(still, still-q.detach()))
+            return VQOut(q.detach(), chosen, loss, still, still-q.detach())
 
 # %% ../nbs/06_vq.ipynb #045b226b
 def shares(
@@ -261,11 +262,11 @@ class ModalityVQ(nn.Module):
 
     def forward(self, x:Tensor, part:Part|None=None)->VQOut:  # (S, P, D), which positions of the step they are; states pass as they are until `initialise` has placed the codes
         rest, total, loss, found, (S, P, _), n = self.fold(x, .05*(self.training and self.ready), part), 0., 0., [], x.shape, len(self.levels); whole = self.unfold(rest.detach())
-        if not self.ready: return VQOut(x, torch.full((S, P, n)[:2+(n > 1)], -1, device=x.device), rest.new_zeros(()), rest.new_zeros(S))
+        if not self.ready: return VQOut(x, torch.full((S, P, n)[:2+(n > 1)], -1, device=x.device), rest.new_zeros(()), whole, torch.zeros_like(whole))
         for level in self.levels:
             out = level(rest, part.times(S) if part and self.shared else part); rest, total, loss = rest-out.quantised, total+out.quantised, loss+out.loss*(S/len(rest)); found.append(self.unfold(out.codes))
         q = carry(wide(x), self.units.back(self.unfold(total)), self.rotation); g = 1. if self.gate is None else self.gate.sigmoid()
-        return VQOut(((1-g)*x+g*q).to(x.dtype), torch.stack(found, -1) if n > 1 else found[0], loss*(part.weight if part else 1.), lost_share(whole, self.unfold(rest.detach())))
+        return VQOut(((1-g)*x+g*q).to(x.dtype), torch.stack(found, -1) if n > 1 else found[0], loss*(part.weight if part else 1.), whole, self.unfold(rest.detach()))
 
 # %% ../nbs/06_vq.ipynb #29e15c18
 def plot_codes(
