@@ -40,6 +40,10 @@ class Shelf:
     @cached_property
     def ids(self)->list: return self.items[ITEM].to_list()  # (N,) raw
     @cached_property
+    def shown(self)->pl.DataFrame: return self.items.select(ITEM, 'title' if 'title' in self.items.columns else pl.lit(None, pl.String).alias('title'))  # (N,) what people see of an item
+    @cached_property
+    def numbers(self)->pl.DataFrame: return pl.DataFrame({ITEM: self.places.keys(), 'k': self.places.values()}, schema={ITEM: pl.String, 'k': pl.Int64})  # (N,) to be joined with
+    @cached_property
     def places(self)->dict[str, int]: return {str(i): k for k, i in enumerate(self.ids, 1)}  # text of the raw id -> dense id
     @cached_property
     def titles(self)->list[str]:  # (N+1,) by dense id; the raw id where there is no title
@@ -158,10 +162,11 @@ def top_items(
     rows = Histories.of(rows, len(shelf)); order = rows.lengths.argsort(stable=True)  # neighbours of one length waste no padding
     threads = askers(model); step = block_rows(len(shelf)+1, 'cpu', None, threads)
     sizes = block_sizes(rows.lengths[order].clamp(max=shelf.length), 512) if getattr(model, 'bias', shelf.counts).device.type == 'cpu' else 512
-    def lists(query, some):
-        scores = model.score(query).to(shelf.counts.device); items = best(scores, k, history_pairs((some.items, some.offsets), torch.full((len(some),), PAD), len(shelf)) if exclude_seen else None)
-        return items, scores.gather(1, items)
-    def part(at): some = rows[at]; query = model.query(read_rows(model, shelf, some)); return [lists(query[b:b+step], some[b:b+step]) for b in range(0, len(some), step)]
+    def lists(query, at):
+        scores = model.score(query).to(shelf.counts.device); hide = None
+        if exclude_seen: some = rows[at]; hide = history_pairs((some.items, some.offsets), torch.full((len(at),), PAD), len(shelf))
+        items = best(scores, k, hide); return items, scores.gather(1, items)
+    def part(at): query = model.query(read_rows(model, shelf, rows[at])); return [lists(query[b:b+step], at[b:b+step]) for b in range(0, len(at), step)]
     parts = cut_parts(order.split(sizes), threads); out = [x for found in side_by_side(part, parts, threads) for x in found]
     back = order.argsort(); return tuple(torch.cat(x)[back] for x in zip(*out))
 
@@ -195,11 +200,9 @@ def answer_table(
     users=None,    # (R,) of a batch
 )->pl.DataFrame: # user (in a batch), rank, item, title, score, seen, by
     "Recommendations for people to read."
-    r, place = (items != PAD).nonzero(as_tuple=True); found = items[r, place]; k = (found-1).numpy()
-    names = shelf.items['title'] if 'title' in shelf.items.columns else pl.Series('title', [None]*len(shelf), dtype=pl.String)
-    table = pl.DataFrame({'rank': (place+1).numpy(), ITEM: shelf.items[ITEM][k], 'title': names[k], 'score': scores[r, place].numpy(),
-                          'seen': holds(rows, r, found).numpy(), 'by': pl.Series(by, dtype=pl.String)[r.numpy()]})
-    return table if users is None else table.insert_column(0, pl.Series(USER, users)[r.numpy()])
+    r, place = (items != PAD).nonzero(as_tuple=True); found = items[r, place]
+    asked = pl.DataFrame({'by': pl.Series(by, dtype=pl.String)} if users is None else {USER: users, 'by': pl.Series(by, dtype=pl.String)})[r.numpy()]; shown = shelf.shown[(found-1).numpy()]
+    return pl.DataFrame([*asked[:, :-1], pl.Series('rank', (place+1).numpy()), *shown, pl.Series('score', scores[r, place].numpy()), pl.Series('seen', holds(rows, r, found).numpy()), asked['by']])
 
 # %% ../nbs/11g_asking.ipynb #7b417581
 def ask(
@@ -215,7 +218,7 @@ def ask(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise ImecdError(f'k={k!r}: how many items to recommend, a whole number from 1')
     rows = Histories.of(rows, len(shelf)); known = rows.lengths > 0; items, scores = torch.full((len(rows), k), PAD), torch.zeros(len(rows), k)
     if n := int((~known).sum()): items[~known], scores[~known] = by_popularity(shelf, n, k)
-    if known.any(): items[known], scores[known] = top_items(model, shelf, rows[known], k, exclude_seen)
+    if known.any(): items[known], scores[known] = top_items(model, shelf, rows[known] if n else rows, k, exclude_seen)
     return answer_table(shelf, items, scores, rows, [name if h else 'popularity' for h in known.tolist()], users)
 
 # %% ../nbs/11g_asking.ipynb #plain007
@@ -263,7 +266,7 @@ def table_histories(
     unknown:str='refuse', # or `skip`
 )->tuple[list, Histories]: # users as they are, in the order in which they come; their histories in dense ids
     "The histories of a table of events."
-    known = open_table(table).with_columns(k=pl.col(ITEM).cast(pl.String).replace_strict(shelf.places, default=None, return_dtype=pl.Int64)); lost = known.filter(pl.col('k').is_null())
+    known = open_table(table).select(USER, ITEM, id=pl.col(ITEM).cast(pl.String)).join(shelf.numbers, left_on='id', right_on=ITEM, how='left', maintain_order='left'); lost = known.filter(pl.col('k').is_null())
     if len(lost) and unknown != 'skip': raise _unknown(shelf, lost[ITEM][0], f'the table, user {short(lost[USER][0])}')
     if len(lost): warnings.warn(f"the table: left out {len(lost)} of {len(known)} rows whose items this model does not know: {', '.join(short(i, 30) for i in lost[ITEM].unique(maintain_order=True)[:5])}", stacklevel=3)
     grouped = known.group_by(USER, maintain_order=True).agg(pl.col('k').drop_nulls())

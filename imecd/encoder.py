@@ -91,12 +91,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.qkv, self.out = heads, StackedLinear(streams, dim, 3*dim), StackedLinear(streams, dim, dim)
 
-    def lay(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, kD) -> (k, S*R, H, L, D/H)
-        "Several maps of all positions, in the rectangle."
-        (streams, _, width), dim = x.shape, self.out.weight.shape[1]
-        return x.index_select(1, layout.back).view(streams*layout.rows, layout.longest, width//dim, self.heads, dim//self.heads).permute(2, 0, 3, 1, 4)
-
-    def split(self, x:Tensor, layout:Layout)->Tensor: return self.lay(self.qkv(x), layout)  # (S, P, D) -> (3, S*R, H, L, D/H): queries, keys and values
+    def split(self, x:Tensor, layout:Layout)->Tensor:  # (S, P, D) -> (3, S*R, H, L, D/H)
+        "Queries, keys and values in the rectangle."
+        return self.qkv(x).index_select(1, layout.back).view(len(x)*layout.rows, layout.longest, 3, self.heads, x.shape[-1]//self.heads).permute(2, 0, 3, 1, 4)
 
     def look(self, q:Tensor, k:Tensor)->Tensor:  # (S*R, H, L, D/H) twice -> (S*R, H, L, L)
         "How much each position takes of each other, at least in single precision."
@@ -112,7 +109,7 @@ class Attention(nn.Module):
         "The same for the last position of every row. The maps of keys and values are applied to its one query and to its one answer, not to all positions; the bias of the keys adds one number to all scores of a row, and falls out."
         n, rows = len(x), layout.rows; q, k, v = self.qkv.weight.unflatten(-1, (3, self.heads, -1)).unbind(2); bq, _, bv = self.qkv.bias.unflatten(-1, (3, self.heads, -1)).unbind(2)  # (S, D, H, D/H), (S, 1, H, D/H)
         ask = torch.einsum('srhd,sihd->srhi', torch.einsum('sri,sihd->srhd', x.index_select(1, ends), q)+bq, k)                 # (S, R, H, D)
-        past = x.index_select(1, layout.back).view(n*rows, layout.longest, -1); later = torch.arange(layout.longest, device=x.device) > layout.positions[ends, None]  # (S*R, L, D), (R, L)
+        past = x.index_select(1, layout.back).view(n*rows, layout.longest, x.shape[-1]); later = torch.arange(layout.longest, device=x.device) > layout.positions[ends, None]  # (S*R, L, D), (R, L)
         a = wide(ask.flatten(0, 1)@past.mT).div(q.shape[-1]**.5).masked_fill(later.repeat(n, 1)[:, None], -torch.inf).softmax(-1)  # (S*R, H, L)
         return self.out((torch.einsum('srhi,sihd->srhd', (a.to(past.dtype)@past).unflatten(0, (n, rows)), v)+bv).flatten(2))
 

@@ -5,7 +5,7 @@
 # %% ../nbs/08c_threads.ipynb #thr0004
 from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from threading import Lock
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ def askers(
     model, # who is asked
 )->int: # at most 16
     "How many threads may ask a model at one time: as many as torch has, for a torch module on a processor that is not shared among processes; otherwise one."
-    apart = isinstance(model, nn.Module) and {x.device.type for x in (*model.parameters(), *model.buffers())} <= {'cpu'}
+    apart = isinstance(model, nn.Module) and next((x.device.type for x in chain(model.parameters(), model.buffers())), 'cpu') == 'cpu'
     return min(torch.get_num_threads(), 16) if apart and not (torch.distributed.is_available() and torch.distributed.is_initialized()) else 1
 
 # %% ../nbs/08c_threads.ipynb #thr0010
