@@ -260,9 +260,23 @@ def test_pictures():
 @SMALL
 @given(LENGTHS)
 def test_the_last_states_alone_are_those_of_the_whole_pass(norm, lengths):
-    for layers in (1, 3):
-        e, x, o = made(norm, layers=layers), vectors(lengths), ends(lengths)
+    for layers, heads in ((1, 2), (3, 1), (1, 4)):
+        e, x, o = made(norm, layers=layers, heads=heads), vectors(lengths), ends(lengths); assert all(b.attention.qkv.bias.abs().min() > 0 for b in e.blocks)
         with torch.no_grad(): assert torch.allclose(e(x, o, last=True), e(x, o)[:, o[1:]-1], atol=1e-5)
+
+
+@BOTH
+def test_the_last_states_have_the_gradients_of_the_whole_pass(norm):
+    lengths = [5, 1, 12]; e, x, o = made(norm, dropout=0.).double(), vectors(lengths).double().requires_grad_(), ends(lengths); way = torch.randn(3, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    def slopes(out): return torch.autograd.grad((out*way).sum(), [x, *e.parameters()])
+    for mine, whole in zip(slopes(e(x, o, last=True)), slopes(e(x, o)[:, o[1:]-1])): torch.testing.assert_close(mine, whole, rtol=0, atol=1e-10)
+
+
+@BOTH
+def test_the_last_states_in_bf16(norm):
+    lengths = [1, 9, 4, 12]; e, x, o = made(norm, sharp=4, dropout=0.), vectors(lengths), ends(lengths)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): low = e(x, o, last=True)
+    exact = e(x, o)[:, o[1:]-1].detach(); assert low.isfinite().all() and float((low-exact).std()/exact.std()) < .05
 
 
 def test_the_last_state_asks_for_one_query_a_row():

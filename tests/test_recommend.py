@@ -14,10 +14,12 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from imecd.arrivals import check_new, grow_shelf, new_rows, picture_files, read_new
-from imecd.asking import find_title, history_keys, table_histories
+from imecd.asking import ask, find_title, history_keys, holds, table_histories
 from imecd.baselines import fit_baseline
 from imecd.batch import block_sizes
 from imecd.content import light_image
@@ -28,7 +30,7 @@ from imecd.fitting import load_split
 from imecd.handover import file_hash
 from imecd.recommend import Recommender
 from imecd.running import train_run
-from imecd.towers import pack_histories
+from imecd.towers import Histories, pack_histories
 
 
 @pytest.fixture(scope='module')
@@ -60,6 +62,26 @@ def test_alone_or_in_company_a_history_gets_one_answer(r, shop):
     for user in events['user'].unique(maintain_order=True)[:20]:
         own = events.filter(user=user).sort('timestamp', maintain_order=True); alone = r.recommend_table(own, 5)
         assert alone['item'].to_list() == many.filter(user=user)['item'].to_list(); np.testing.assert_allclose(alone['score'], many.filter(user=user)['score'], atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(1, 9), max_size=7), max_size=6), length=st.integers(1, 4), data=st.data())
+def test_histories_laid_end_to_end_are_lists(rows, length, data):
+    h = Histories.of(rows, 9); at = data.draw(st.lists(st.integers(0, len(rows)-1), max_size=5)) if rows else []
+    assert [*h] == rows and len(h) == len(rows) and h.lengths.tolist() == [*map(len, rows)] and Histories.of(h, 9) is h
+    assert [*h[torch.tensor(at, dtype=torch.long)]] == [rows[k] for k in at] and [*h[1:3]] == rows[1:3] and [*h[h.lengths > 1]] == [x for x in rows if len(x) > 1]
+    assert [*h.last(length)] == [x[-length:] for x in rows]
+    pairs = [(k, i) for k in range(len(rows)) for i in range(1, 10)]; row, item = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+    assert holds(h, row, item).tolist() == [i in rows[k] for k, i in pairs]
+    if rows and all(rows): a, b = pack_histories(rows, length, 9), pack_histories(h, length, 9); assert all(x is y is None or torch.equal(x, y) for x, y in zip(a, b)) and a.items.tolist() == [i for x in rows for i in x[-length:]]
+
+
+@pytest.mark.parametrize('exclude', [False, True])
+def test_lists_and_what_is_laid_end_to_end_get_one_answer(exclude, r):
+    rows = [[3, 1, 3, 2], [], [5], [*range(1, len(r.shelf)+1)], [7, 7]]; lists = ask(r.model, r.shelf, rows, 5, exclude, users=[*'abcde'])   # of d, everything was seen
+    assert lists.equals(ask(r.model, r.shelf, Histories.of(rows, len(r.shelf)), 5, exclude, users=[*'abcde']))
+    assert lists['user'].to_list() == [u for u in 'abcde' for _ in range(0 if exclude and u == 'd' else 5)] and set(lists.filter(by='popularity')['user']) == {'b'}
+    for row in lists.iter_rows(named=True): assert row['seen'] == (r.shelf.places[row['item']] in rows['abcde'.index(row['user'])]) and not (exclude and row['seen'])
 
 
 def test_times_may_be_dates_in_words(r, tmp_path):
