@@ -2,7 +2,7 @@
 
 The floor is measured, not assumed: every matrix product that a room or a step really does is recorded with its shapes (of an evaluation: as one thread makes them), and timed alone, in the same process.
 A fused kernel of attention counts as its two products, its gradient as four. What stands above the floor is everything else: softmax, norms, dropout, gathering, the optimiser, Python.
-An evaluation answers parts of the questions side by side, so each of its products may be made by all cores together, or by each core at one time another; the faster way counts. bfloat16 is measured where the processor has instructions for it (AVX512). A step is the median of 16 over the mean floor of three of them, an evaluation the median of three.
+An evaluation answers parts of the questions side by side, so each of its products may be made by all cores together, or by each core at one time another; the faster way counts. bfloat16 is measured where the processor has instructions for it (AVX512). A step is the median of 16 over the mean floor of three of them, an evaluation the median of ten, five before its products and five after them, because a machine is not as fast at all times.
 """
 import itertools
 import json
@@ -46,10 +46,13 @@ class Recorder(TorchDispatchMode):
 def median(times): return sorted(times)[len(times)//2]
 
 
-def timed(f, n=7):
+def clocked(f, n):
     f(); out = []
     for _ in range(n): start = time.perf_counter(); f(); out.append(time.perf_counter()-start)
-    return median(out)
+    return out
+
+
+def timed(f, n=7): return median(clocked(f, n))
 
 
 def recorded(f):
@@ -111,7 +114,7 @@ def measure(name, bf16=False):
     floors = [bare(recorded(lambda b=b: step(b))) for b in batches[:3]]
     floor, work = (sum(x)/3 for x in zip(*floors)); steps = data.n_targets/1024; cases = data.cases('valid'); cases = type(cases)(*(x[:8192] for x in cases))
     def judge(): model.cache = None; validate(model, data, cases)                  # the items anew, as after an epoch
-    ask_floor, ask_work = bare(recorded(judge), apart=True); ask = timed(judge, 3); share = len(data.cases('valid').users)/len(cases.users)
+    before = clocked(judge, 5); ask_floor, ask_work = bare(recorded(judge), apart=True); ask = median(before+clocked(judge, 5)); share = len(data.cases('valid').users)/len(cases.users)
     out = {f'{name}{", bfloat16" if bf16 else ""}': {'epoch_s': median(took)*steps, 'epoch_floor_s': floor*steps, 'epoch_over_floor': median(took)/floor, 'epoch_TFLOP': work*steps/1e12, 'GFLOP/s_of_products': work/floor/1e9,
            'evaluation_s': ask*share, 'evaluation_floor_s': ask_floor*share, 'evaluation_over_floor': ask/ask_floor, 'evaluation_TFLOP': ask_work*share/1e12}}
     return out, {} if bf16 else {f'{name}, {k}': v for k, v in rooms(model, batches[0]).items()}
