@@ -42,7 +42,7 @@ class Shelf:
     @cached_property
     def shown(self)->pl.DataFrame: return self.items.select(ITEM, 'title' if 'title' in self.items.columns else pl.lit(None, pl.String).alias('title'))  # (N,) what people see of an item
     @cached_property
-    def numbers(self)->pl.DataFrame: return pl.DataFrame({ITEM: self.places.keys(), 'k': self.places.values()}, schema={ITEM: pl.String, 'k': pl.Int64})  # (N,) to be joined with
+    def numbers(self)->pl.DataFrame: return pl.DataFrame({ITEM: self.places.keys(), 'k': self.places.values()}, schema={ITEM: pl.String, 'k': pl.Int64})  # (N,) text of the raw id and `k`, the dense id; to be joined with
     @cached_property
     def places(self)->dict[str, int]: return {str(i): k for k, i in enumerate(self.ids, 1)}  # text of the raw id -> dense id
     @cached_property
@@ -195,12 +195,12 @@ def answer_table(
     shelf:Shelf,   # of the model
     items:Tensor,  # (R, k) from `top_items`
     scores:Tensor, # (R, k)
-    rows:Histories,# R of them
+    rows,          # R histories of dense ids: lists, or `Histories`
     by:list[str],  # (R,) who answered
     users=None,    # (R,) of a batch
 )->pl.DataFrame: # user (in a batch), rank, item, title, score, seen, by
     "Recommendations for people to read."
-    r, place = (items != PAD).nonzero(as_tuple=True); found = items[r, place]
+    rows = Histories.of(rows, len(shelf)); r, place = (items != PAD).nonzero(as_tuple=True); found = items[r, place]
     asked = pl.DataFrame({'by': pl.Series(by, dtype=pl.String)} if users is None else {USER: users, 'by': pl.Series(by, dtype=pl.String)})[r.numpy()]; shown = shelf.shown[(found-1).numpy()]
     return pl.DataFrame([*asked[:, :-1], pl.Series('rank', (place+1).numpy()), *shown, pl.Series('score', scores[r, place].numpy()), pl.Series('seen', holds(rows, r, found).numpy()), asked['by']])
 

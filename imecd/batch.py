@@ -13,9 +13,9 @@ from .core import PAD, COLOURS, CYCLE, ImecdError, Part, label, new_axes, rng
 from .histories import Split, tie_starts
 
 # %% auto #0
-__all__ = ['Batch', 'Windows', 'cut_windows', 'Cases', 'block_sizes', 'SequenceData', 'ties_left', 'sequence_data', 'epoch_rows',
-           'gather_rows', 'runs_left', 'vary_rows', 'plot_batch', 'make_cases', 'gather_history', 'last_ties',
-           'pad_rows', 'unpad_rows', 'plot_padding', 'Turn', 'take_part']
+__all__ = ['Batch', 'Windows', 'cut_windows', 'Cases', 'flat_rows', 'block_sizes', 'SequenceData', 'ties_left', 'sequence_data',
+           'epoch_rows', 'gather_rows', 'runs_left', 'vary_rows', 'plot_batch', 'make_cases', 'gather_history',
+           'last_ties', 'pad_rows', 'unpad_rows', 'plot_padding', 'Turn', 'take_part']
 
 # %% ../nbs/03a_batch.ipynb #ea15add8
 class Batch(NamedTuple):
@@ -67,7 +67,7 @@ class Cases(NamedTuple):
     stops: Tensor   # (Q,) flat index: the history shown is events[offsets[user]:stop]
 
 # %% ../nbs/03a_batch.ipynb #a4dfc441
-def _flat(
+def flat_rows(
     start:Tensor,  # (R,) first index of each row
     counts:Tensor, # (R,) indices in each row
     total:int,     # their sum, P
@@ -134,12 +134,12 @@ class SequenceData:
     def seen(self, cases:Cases, rows:slice|Tensor=slice(None))->tuple[Tensor, Tensor]:
         "The whole history of each question: items (K,), offsets (R+1,)."
         start = self.offsets[cases.users[rows]]; counts = cases.stops[rows]-start
-        flat, _, offsets = _flat(start, counts, int(counts.sum())); return self.events[flat].long(), offsets
+        flat, _, offsets = flat_rows(start, counts, int(counts.sum())); return self.events[flat].long(), offsets
 
     def counts(self)->Tensor:
         "Training events of each item (N+1,)."
         ends = torch.as_tensor(self.split.train, device=self.device); counts = ends-self.offsets[:-1]
-        return torch.bincount(self.events[_flat(self.offsets[:-1], counts, int(counts.sum()))[0]].long(), minlength=self.n_items+1)
+        return torch.bincount(self.events[flat_rows(self.offsets[:-1], counts, int(counts.sum()))[0]].long(), minlength=self.n_items+1)
 
 # %% ../nbs/03a_batch.ipynb #b2a06489
 def ties_left(
@@ -187,7 +187,7 @@ def gather_rows(
     "Gather windows into a packed batch."
     w, total = data.windows, int(data.windows.lengths[rows].sum())
     table = torch.as_tensor(np.stack([w.users[rows], w.start[rows], w.lengths[rows], w.first[rows]])).to(data.device, non_blocking=True)
-    flat, positions, offsets = _flat(table[1], table[2], total)
+    flat, positions, offsets = flat_rows(table[1], table[2], total)
     first, count = torch.repeat_interleave(table[2:].flip(0), table[2], dim=1, output_size=total)
     tied = None if data.rest is None else torch.minimum(data.rest[flat+1], count-1-positions)
     return Batch(table[0], data.events[flat].long(), torch.where(flat >= first, data.events[flat+1], PAD).long(), positions, offsets, tied, None if data.times is None else data.times[flat])
@@ -253,7 +253,7 @@ def gather_history(
 )->Batch:
     "The last `length` items of each history, packed, nothing asked."
     start = torch.maximum(data.offsets[users], stops-data.length); counts = stops-start
-    flat, positions, offsets = _flat(start, counts, int(counts.sum()))
+    flat, positions, offsets = flat_rows(start, counts, int(counts.sum()))
     items = data.events[flat].long()
     return Batch(users, items, torch.full_like(items, PAD), positions, offsets, None, None if data.times is None else data.times[flat])
 

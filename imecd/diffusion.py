@@ -158,7 +158,7 @@ def keyed_noise(
 
 # %% ../nbs/07_diffusion.ipynb #36f952d1
 def step_waves(
-    t:Tensor,     # (P,) steps, as a share of T
+    t:Tensor,     # (P,) steps, as a share of T; (1,) gives one row
     width:int,    # D
 )->Tensor: # (P, D)
     "Sinusoids of the step (Vaswani et al. 2017, Sec. 3.5)."
@@ -194,7 +194,7 @@ class Denoiser(nn.Module):
         self.blocks, self.out = nn.ModuleList(AdaBlock(dim) for _ in range(blocks)), nn.Linear(dim, dim)
         nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
 
-    def forward(self, x_t:Tensor, t:Tensor, c:Tensor)->Tensor:  # (P, D), (P,) share of T, (P, D) on the sphere -> (P, D)
+    def forward(self, x_t:Tensor, t:Tensor, c:Tensor)->Tensor:  # (P, D), (P,) or (1,) share of T, (P, D) on the sphere -> (P, D)
         told = self.given(c); given = F.silu(told+self.time(step_waves(t, c.shape[-1]))); h = self.noisy(x_t)+told
         h = self.dropout(h)
         for block in self.blocks: h = block(h, given)
@@ -286,7 +286,7 @@ class ContrastiveDiffusion(nn.Module):
 
     def guess(self, x_t:Tensor, t:Tensor|int, c:Tensor)->Tensor:  # (P, D) on the sphere
         "The noisy item enters weighed by its share of signal, so pure noise says nothing (as the best linear guess does; Karras et al. 2022 scale inputs likewise)."
-        t = torch.as_tensor(t, device=c.device).view(-1); share = self.schedule.alpha_bar[t].sqrt()[:, None]  # (P,), or (1,) where it is one for all
+        t = torch.as_tensor(t, device=c.device); t = t.expand(len(c) if t.ndim else 1); share = self.schedule.alpha_bar[t].sqrt()[:, None]  # (P,), or (1,) for all
         return sphere(wide(self.denoiser(share*x_t, t/self.schedule.steps, c)))
 
     def forward(self, c:Tensor, items:Tensor, part:Part|None=None)->CDGOut:  # (P, D) conditions, (P, D) target vectors, which questions of the step they are

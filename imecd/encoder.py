@@ -134,7 +134,7 @@ class Block(nn.Module):
         self.up, self.down = StackedLinear(streams, dim, inner), StackedLinear(streams, inner, dim)
 
     def feed(self, x:Tensor)->Tensor:  # (S, P, D) -> (S, P, D)
-        "At rest on a processor some positions at a time, so that what is inside stays in its cache."
+        "At rest on a processor some positions at a time and in place, so that what is inside stays in its cache."
         if torch.is_grad_enabled() or x.device.type != 'cpu': return self.down(F.gelu(self.up(x)))
         return torch.cat([self.down(torch.ops.aten.gelu_(self.up(part))) for part in x.split(1024, 1)], 1)
 

@@ -233,7 +233,7 @@ def _largest(
     k:int,         # at most N
 )->tuple[Tensor, Tensor]: # (R, k) values, largest first; (R, k) their columns
     "`topk`; long rows on a processor are folded into eight first, and again, and only k columns of a fold are looked at."
-    if (g := scores.shape[1]//8) < 8*k or scores.device.type != 'cpu': return scores.topk(k)
+    if (g := scores.shape[1]//8) < max(8*k, 1) or scores.device.type != 'cpu': return scores.topk(k)
     parts, rest = scores[:, :8*g].unflatten(1, (8, g)), scores[:, 8*g:]    # (R, 8, g), (R, up to 7)
     at = _largest(parts.amax(1), k)[1]; some = torch.cat([parts.gather(2, at[:, None].expand(-1, 8, -1)).flatten(1), rest], 1)  # (R, 8k + up to 7)
     value, place = some.topk(k); return value, torch.where(place < 8*k, place//k*g+at.gather(1, place % k), 8*(g-k)+place)

@@ -18,7 +18,7 @@ __all__ = ['CORES', 'askers', 'cut_parts', 'side_by_side', 'plot_parts']
 def askers(
     model, # who is asked
 )->int: # at most 16
-    "How many threads may ask a model at one time: as many as torch has, for a torch module on a processor that is not shared among processes; otherwise one."
+    "How many threads may ask a model at one time: as many as torch has, for a torch module whose first tensor lies on a processor that is not shared among processes; otherwise one."
     apart = isinstance(model, nn.Module) and next((x.device.type for x in chain(model.parameters(), model.buffers())), 'cpu') == 'cpu'
     return min(torch.get_num_threads(), 16) if apart and not (torch.distributed.is_available() and torch.distributed.is_initialized()) else 1
 

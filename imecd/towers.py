@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .core import COLOURS, MODALITIES, PAD, STREAMS, ImecdError, Part, label, new_axes, wide
 from .features import Features
-from .batch import Batch, pad_rows
+from .batch import Batch, flat_rows, pad_rows
 from .moe import FIXED, IDMoE, MoEOut
 from .encoder import SequenceEncoder
 from .vq import ModalityVQ, VQOut
@@ -242,32 +242,30 @@ class UserTower(nn.Module):
         return self.fuse(torch.cat(list(h), -1)), out
 
 # %% ../nbs/07b_towers.ipynb #hist0001
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Histories:
     "R histories of dense item ids, oldest first, laid end to end; walked through, each is a list."
     items: Tensor   # (K,) int64
     offsets: Tensor # (R+1,) where each begins
 
     @classmethod
-    def of(cls, rows, n_items:int):
-        "Of R lists, or of what is laid end to end already; what is no list of ids from 1 to `n_items` is named."
-        if isinstance(rows, cls): return rows
+    def of(cls, rows, n_items:int):  # N
+        "Of R lists, or of what is laid end to end already; what is no list of ids from 1 to N is named."
+        if isinstance(rows, cls) and not ((rows.items < 1) | (rows.items > n_items)).any(): return rows
         plain = {*map(type, rows)} <= {list} and {*map(type, itertools.chain.from_iterable(rows))} <= {int} and all(1 <= min(h) and max(h) <= n_items for h in rows if h)
         for r, h in () if plain else enumerate(rows):  # one by one only where something is to be named
-            if isinstance(h, (str, Integral)): raise ImecdError(f'history {r} is {h!r}; give a list of histories, each a list of item ids')
+            if isinstance(h, (str, bytes, set, dict, Integral)): raise ImecdError(f'history {r} is {h!r}; give a list of histories, each a list of item ids')
             if bad := [i for i in h if not (isinstance(i, Integral) and 1 <= i <= n_items)]: raise ImecdError(f"history {r}: {bad[0]!r} is no item; ids go from 1 to {n_items}, in the order of the data set's items")
         return cls(torch.from_numpy(np.fromiter(itertools.chain.from_iterable(rows), np.int64)), torch.tensor([0, *map(len, rows)]).cumsum(0))
 
     def __len__(self)->int: return len(self.offsets)-1
     def __iter__(self): return map(Tensor.tolist, self.items.split(self.lengths.tolist()))
-    def __getitem__(self, at:slice|Tensor): return self.cut(self.offsets[:-1][at], self.lengths[at])
+    def __getitem__(self, at:int|slice|Tensor): return self[(k := range(len(self))[at]):k+1].items.tolist() if isinstance(at, int) else self.cut(self.offsets[:-1][at], self.lengths[at])  # a list, or some of them
     @property
     def lengths(self)->Tensor: return self.offsets.diff()  # (R,)
 
-    def cut(self, start:Tensor, n:Tensor):  # (r,), (r,): the n items from each start
-        offsets = F.pad(n.cumsum(0), (1, 0)); return Histories(self.items[torch.repeat_interleave(start-offsets[:-1], n)+torch.arange(int(offsets[-1]))], offsets)
-
-    def last(self, length:int): n = self.lengths.clamp(max=length); return self.cut(self.offsets[1:]-n, n)  # what is read of each
+    def cut(self, start:Tensor, n:Tensor): "The n (r,) items from each start (r,)."; at, _, offsets = flat_rows(start, n, int(n.sum())); return Histories(self.items[at], offsets)
+    def last(self, length:int): "The last items of each, at most `length`."; n = self.lengths.clamp(max=length); return self.cut(self.offsets[1:]-n, n)
 
 # %% ../nbs/07b_towers.ipynb #7ba0acb1
 def pack_histories(

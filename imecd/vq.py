@@ -22,14 +22,17 @@ class VQOut(NamedTuple):
     quantised: Tensor # (S, P, D)
     codes: Tensor     # (S, P) number of the chosen code, (S, P, levels) with residual levels; -1 before the codes are placed
     loss: Tensor      # () commitment, plus the codebook loss where codes are parameters; summed over streams
-    states: Tensor    # (S, P, D) what was quantised, in units of the codes
-    rest: Tensor      # (S, P, D) what its codes do not tell
+    states: Tensor    # (S, P, D) what was quantised, in units of the codes; from a training step, of the encoder at rest
+    rest: Tensor      # (S, P, D) what their codes do not tell
 
     @property
     def lost(self)->Tensor: return lost_share(self.states, self.rest)  # (S,) worked out where it is asked for
 
 # %% ../nbs/06_vq.ipynb #2940b31d
-def lost_share(x:Tensor, rest:Tensor)->Tensor:  # (S, P, D) states, what their codes leave of them -> (S,) 0 where codes tell everything, 1 where they are worth one code for all, above 1 where they lag behind
+def lost_share(
+    x:Tensor,    # (S, P, D) states
+    rest:Tensor, # (S, P, D) states minus their codes
+)->Tensor: # (S,) 0 where codes tell everything, 1 where they are worth one code for all, above 1 where they lag behind
     "The share of the variance of the states that is left beside their codes."
     return rest.square().mean((1, 2))/x.var(1, correction=0).mean(-1).clamp(min=1e-12)
 
@@ -146,8 +149,7 @@ class VectorQuantizer(nn.Module):
         self.learn, self.decay, self.commitment, self.revive, codes = learn, decay, commitment, revive, torch.randn(streams, n_codes, dim)
         if learn == 'gradient': self.codes = nn.Parameter(codes)
         else: self.register_buffer('codes', codes)
-        self.register_buffer('counts', torch.ones(streams, n_codes)); self.register_buffer('sums', codes.clone())
-        self.register_buffer('idle', torch.zeros(streams, n_codes)); self.register_buffer('ready', torch.tensor(False))
+        self.register_buffer('counts', torch.ones(streams, n_codes)); self.register_buffer('sums', codes.clone()); self.register_buffer('idle', torch.zeros(streams, n_codes)); self.register_buffer('ready', torch.tensor(False))
 
     @torch.no_grad()
     def initialise(self, x:Tensor, seed:int=0)->None:  # (S, P, D)
@@ -191,8 +193,7 @@ def health(
     lost:Tensor|None=None, # (S,) mean of `VQOut.lost` over the pass
 )->list[dict]: # a row a stream; the worst of its levels, dead codes of all of them
     "Is each codebook alive? Share of codes in use, perplexity, codes that nobody chose."
-    levels = codes if codes.ndim == 3 else codes[..., None]
-    rows = [{'usage': min(float((shares(k, n_codes) > 0).double().mean()) for k in c.T), 'perplexity': min(perplexity(k, n_codes) for k in c.T),
+    levels = codes if codes.ndim == 3 else codes[..., None]; rows = [{'usage': min(float((shares(k, n_codes) > 0).double().mean()) for k in c.T), 'perplexity': min(perplexity(k, n_codes) for k in c.T),
              'dead': sum(int((shares(k, n_codes) == 0).sum()) for k in c.T)} for c in levels]
     return rows if lost is None else [row | {'lost': float(x)} for row, x in zip(rows, lost)]
 
@@ -262,7 +263,7 @@ class ModalityVQ(nn.Module):
 
     def forward(self, x:Tensor, part:Part|None=None)->VQOut:  # (S, P, D), which positions of the step they are; states pass as they are until `initialise` has placed the codes
         rest, total, loss, found, (S, P, _), n = self.fold(x, .05*(self.training and self.ready), part), 0., 0., [], x.shape, len(self.levels); whole = self.unfold(rest.detach())
-        if not self.ready: return VQOut(x, torch.full((S, P, n)[:2+(n > 1)], -1, device=x.device), rest.new_zeros(()), whole, torch.zeros_like(whole))
+        if not self.ready: return VQOut(x, torch.full((S, P, n)[:2+(n > 1)], -1, device=x.device), rest.new_zeros(()), whole, rest.new_zeros(()).expand_as(whole))
         for level in self.levels:
             out = level(rest, part.times(S) if part and self.shared else part); rest, total, loss = rest-out.quantised, total+out.quantised, loss+out.loss*(S/len(rest)); found.append(self.unfold(out.codes))
         q = carry(wide(x), self.units.back(self.unfold(total)), self.rotation); g = 1. if self.gate is None else self.gate.sigmoid()
@@ -278,8 +279,7 @@ def plot_codes(
 ): # the axis
     "States on the way to their codes, on the two main axes of the states."
     x, q, ax = x.detach().float().cpu(), q.detach().float().cpu(), new_axes(ax, figsize=(3.5, 3)); mean = x.mean(0)
-    plane = torch.linalg.svd(x-mean, full_matrices=False)[2][:2].T                          # (D, 2)
-    start, end, codes = (((y-mean)@plane).numpy() for y in (x, x+g*(q-x), q.unique(dim=0)))
+    plane = torch.linalg.svd(x-mean, full_matrices=False)[2][:2].T; start, end, codes = (((y-mean)@plane).numpy() for y in (x, x+g*(q-x), q.unique(dim=0)))
     ax.plot([start[:, 0], end[:, 0]], [start[:, 1], end[:, 1]], color=COLOURS['context'], lw=.5, alpha=.5)
     ax.scatter(*end.T, s=5, color=COLOURS.get(stream, CYCLE[0])); ax.scatter(*codes.T, marker='x', s=40, color=COLOURS['mark'])
     return label(ax, f'Dots: states, {g:.0%} of the way to their code (x)', 'first main axis', 'second main axis')

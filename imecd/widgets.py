@@ -184,7 +184,7 @@ class CodeMap:
 @torch.no_grad()
 def code_map(
     r:Recommender,  # a network with codebooks
-    histories:list, # R lists of dense ids
+    histories,      # R of dense ids: lists, or `Histories`
     stream:str,     # of the model
 )->CodeMap:
     "The last states of histories in one stream, and their codes."

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imecd.arrivals import check_new, grow_shelf, new_rows, picture_files, read_new
-from imecd.asking import ask, find_title, history_keys, holds, table_histories
+from imecd.asking import ask, find_title, history_keys, holds, read_rows, table_histories
 from imecd.baselines import fit_baseline
 from imecd.batch import block_sizes
 from imecd.content import light_image
@@ -73,15 +73,23 @@ def test_histories_laid_end_to_end_are_lists(rows, length, data):
     assert [*h.last(length)] == [x[-length:] for x in rows]
     pairs = [(k, i) for k in range(len(rows)) for i in range(1, 10)]; row, item = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
     assert holds(h, row, item).tolist() == [i in rows[k] for k, i in pairs]
-    if rows and all(rows): a, b = pack_histories(rows, length, 9), pack_histories(h, length, 9); assert all(x is y is None or torch.equal(x, y) for x, y in zip(a, b)) and a.items.tolist() == [i for x in rows for i in x[-length:]]
+    if rows and all(rows): b = pack_histories(h, length, 9); assert b.items.tolist() == [i for x in rows for i in x[-length:]] and b.positions.tolist() == [p for x in rows for p in range(min(length, len(x)))]
 
 
+@pytest.mark.parametrize('laid', [False, True])
 @pytest.mark.parametrize('exclude', [False, True])
-def test_lists_and_what_is_laid_end_to_end_get_one_answer(exclude, r):
-    rows = [[3, 1, 3, 2], [], [5], [*range(1, len(r.shelf)+1)], [7, 7]]; lists = ask(r.model, r.shelf, rows, 5, exclude, users=[*'abcde'])   # of d, everything was seen
-    assert lists.equals(ask(r.model, r.shelf, Histories.of(rows, len(r.shelf)), 5, exclude, users=[*'abcde']))
-    assert lists['user'].to_list() == [u for u in 'abcde' for _ in range(0 if exclude and u == 'd' else 5)] and set(lists.filter(by='popularity')['user']) == {'b'}
-    for row in lists.iter_rows(named=True): assert row['seen'] == (r.shelf.places[row['item']] in rows['abcde'.index(row['user'])]) and not (exclude and row['seen'])
+def test_lists_are_the_best_of_the_scores(laid, exclude, r):
+    n = len(r.shelf); rows = [[3, 1, 3, 2], [], [5], [*range(1, n+1)], [7, 7]]; lists = ask(r.model, r.shelf, Histories.of(rows, n) if laid else rows, 5, exclude, users=[*'abcde'])   # of d, everything was seen
+    for user, row in zip('abcde', rows):
+        own = lists.filter(user=user); told = [r.shelf.places[i] for i in own['item']]
+        scores = r.model.score(r.model.query(read_rows(r.model, r.shelf, [row])))[0] if row else r.shelf.counts.float()
+        order = [i for i in scores[1:].argsort(descending=True, stable=True).add(1).tolist() if not (exclude and i in row)]
+        assert told == order[:5] and own['seen'].to_list() == [i in row for i in told] and set(own['by']) <= {'model' if row else 'popularity'}
+
+
+@pytest.mark.parametrize('rows, told', [([[1], {2, 3}], 'history 1 is {2, 3}'), ([{1: 2}], 'history 0 is'), ([b'12'], 'history 0 is'), ([[1], [2, 99]], 'history 1: 99 is no item'), (Histories(torch.tensor([1, 0, 2]), torch.tensor([0, 1, 3])), 'history 1: 0 is no item')])
+def test_what_is_no_history_is_named(rows, told):
+    with pytest.raises(ImecdError, match=told): pack_histories(rows, 5, 9)
 
 
 def test_times_may_be_dates_in_words(r, tmp_path):
