@@ -15,7 +15,7 @@ from .files import look, names_of, nearest, read_table, short
 from .values import id_of, number_of, time_of
 from .features import Features
 from .batch import Batch, SequenceData, block_sizes
-from .ranking import best, block_rows, history_pairs
+from .ranking import best, block_rows, even_rows, history_pairs
 from .threads import askers, cut_parts, side_by_side
 from .content import find_pictures
 from .towers import Histories, pack_histories
@@ -160,13 +160,13 @@ def top_items(
 )->tuple[Tensor, Tensor]: # (R, k) dense ids, PAD where there are no more; (R, k) scores
     "The best items of each history."
     rows = Histories.of(rows, len(shelf)); order = rows.lengths.argsort(stable=True)  # neighbours of one length waste no padding
-    threads = askers(model); step = block_rows(len(shelf)+1, 'cpu', None, threads)
+    threads = askers(model); most = block_rows(len(shelf)+1, 'cpu', None, threads)
     sizes = block_sizes(rows.lengths[order].clamp(max=shelf.length), 512) if getattr(model, 'bias', shelf.counts).device.type == 'cpu' else 512
     def lists(query, at):
         scores = model.score(query).to(shelf.counts.device); hide = None
         if exclude_seen: some = rows[at]; hide = history_pairs((some.items, some.offsets), torch.full((len(at),), PAD), len(shelf))
         items = best(scores, k, hide); return items, scores.gather(1, items)
-    def part(at): query = model.query(read_rows(model, shelf, rows[at])); return [lists(query[b:b+step], at[b:b+step]) for b in range(0, len(at), step)]
+    def part(at): query, step = model.query(read_rows(model, shelf, rows[at])), even_rows(len(at), most); return [lists(query[b:b+step], at[b:b+step]) for b in range(0, len(at), step)]
     parts = cut_parts(order.split(sizes), threads); out = [x for found in side_by_side(part, parts, threads) for x in found]
     back = order.argsort(); return tuple(torch.cat(x)[back] for x in zip(*out))
 
@@ -247,15 +247,21 @@ def _moments(
 # %% ../nbs/11g_asking.ipynb #25a9d959
 def open_table(
     table, # a polars DataFrame, or a file
-)->pl.DataFrame: # in the order of `order`, `timestamp` or `day_group`, or as it is
+)->tuple[pl.DataFrame, str|None]: # as it is; the column that tells its order: `order`, `timestamp` or `day_group`
     "Events of users."
     source = look(Path(table)) if isinstance(table, (str, Path)) else None; what = type(table)
     if source is None and not isinstance(table, pl.DataFrame): raise ImecdError(f"a table is wanted, a polars DataFrame or a file, not {'a pandas ' if (pandas := what.__module__.startswith('pandas')) else ''}{what.__name__}{'; polars.from_pandas makes one' if pandas else ''}")
     names = list(source.schema) if source else table.columns; when = next((c for c in (ORDER, TIME, DAY) if c in names), None)
     for name in (USER, ITEM):
         if name not in names: raise ImecdError(f"the table has no column {name!r}; it has {names_of(names) or 'none'}")
-    if source: table = read_table(source, [c for c in (USER, ITEM, when) if c])
-    _whole(table, USER, id_of(USER, table.schema[USER]), 'every row needs a user')
+    return read_table(source, [c for c in (USER, ITEM, when) if c]) if source else table, when
+
+# %% ../nbs/11g_asking.ipynb #plain012
+def _in_order(
+    table:pl.DataFrame, # events
+    when:str|None,      # from `open_table`
+)->pl.DataFrame:
+    "Oldest first; as it is where nothing tells."
     if when is None: return table
     _whole(table, when, key := _moments(table, when), f"give every row {'a number' if when == ORDER else 'its time, seconds since 1970 or like 2024-05-31 18:00'}, or leave the column out where rows are in order"); return table.sort(key, maintain_order=True)
 
@@ -266,9 +272,10 @@ def table_histories(
     unknown:str='refuse', # or `skip`
 )->tuple[list, Histories]: # users as they are, in the order in which they come; their histories in dense ids
     "The histories of a table of events."
-    known = open_table(table).select(USER, ITEM, id=pl.col(ITEM).cast(pl.String)).join(shelf.numbers, left_on='id', right_on=ITEM, how='left', maintain_order='left'); lost = known.filter(pl.col('k').is_null())
+    table, when = open_table(table); known = _in_order(table, when).select(USER, ITEM, id=pl.col(ITEM).cast(pl.String)).join(shelf.numbers, left_on='id', right_on=ITEM, how='left', maintain_order='left')
+    grouped, lost = known.group_by(USER, maintain_order=True).agg(pl.col('k').drop_nulls()), known.filter(pl.col('k').is_null()); own = id_of(USER, table.schema[USER])
+    if grouped.select(own.is_null().any()).item(): _whole(table, USER, own, 'every row needs a user')  # looked for among users, which are fewer
     if len(lost) and unknown != 'skip': raise _unknown(shelf, lost[ITEM][0], f'the table, user {short(lost[USER][0])}')
     if len(lost): warnings.warn(f"the table: left out {len(lost)} of {len(known)} rows whose items this model does not know: {', '.join(short(i, 30) for i in lost[ITEM].unique(maintain_order=True)[:5])}", stacklevel=3)
-    grouped = known.group_by(USER, maintain_order=True).agg(pl.col('k').drop_nulls())
     laid = lambda numbers: torch.from_numpy(numbers.cast(pl.Int64).to_numpy(writable=True)); n = laid(grouped['k'].list.len())
     return grouped[USER].to_list(), Histories(laid(grouped['k'].explode().drop_nulls()), torch.cat([n.new_zeros(1), n.cumsum(0)]))

@@ -12,7 +12,7 @@ from .catalogue import aligned
 
 # %% auto #0
 __all__ = ['STRIP', 'plot_conventions', 'history_pairs', 'Ranks', 'ranks', 'plot_rank', 'Distinct', 'distinct', 'block_rows',
-           'rank_dot', 'best', 'both_lists']
+           'rank_dot', 'best', 'both_lists', 'even_rows']
 
 # %% ../nbs/08a_ranking.ipynb #101440fc
 def plot_conventions(
@@ -285,3 +285,11 @@ def both_lists(
         again, keep = redo.nonzero()[:, 0], redo[rows]
         masked[again] = best(scores[again], k, ((redo.cumsum(0)-1)[rows[keep]], items[keep]))
     return top, masked
+
+# %% ../nbs/08a_ranking.ipynb #even0002
+def even_rows(
+    n:int,    # rows that there are, at least one
+    most:int, # rows of a block, about
+)->int: # rows of a block, at most half as many again
+    "Rows are cut into blocks of one size, as near to what is wanted as whole numbers of blocks allow."
+    return -(-n//max(1, round(n/most)))

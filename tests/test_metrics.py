@@ -21,7 +21,7 @@ from imecd.core import ImecdError
 from imecd.histories import leave_one_out
 from imecd.metrics import (Evaluation, by_user, coverage, evaluate, gini, hr, ild, mean, measure, mrr, ndcg, percentiles, plot_discount, plot_ranks,
                            plot_slices, popularity, quarters, slices, summary, user_means)
-from imecd.ranking import STRIP, best, block_rows, distinct, history_pairs, rank_dot, ranks
+from imecd.ranking import STRIP, best, block_rows, distinct, even_rows, history_pairs, rank_dot, ranks
 from imecd.significance import bootstrap, compare, holm, paired, plot_compare, users_needed
 from imecd.threads import askers, cut_parts, side_by_side
 
@@ -488,3 +488,10 @@ def test_a_block_of_scores_takes_128_mb_at_most(n, kind):
     rows = block_rows(n, kind); assert rows == 1 or rows*n*4 <= 128*2**20; assert block_rows(n, kind, 5*n) == 5 and block_rows(n, kind, 10*n, 2) == 5 and block_rows(n, kind, 5*n, 16) == 1
     assert block_rows(n, kind, None, 16) == 1 or 16*block_rows(n, kind, None, 16)*n*4 <= 128*2**20
     if kind == 'cpu' and n <= 65_536: assert 64*n >= rows*n or rows*n*4 <= 16*2**20
+
+
+@pytest.mark.parametrize('most', [1, 2, 3, 16, 349, 10**6])
+def test_even_blocks_are_of_one_size_and_not_half_as_large_again(most):
+    for n in {*range(1, 60), 3*most//2, 3*most//2+1, 5*most, 5*most+1}-{0}:
+        step = even_rows(n, most); sizes = [min(step, n-a) for a in range(0, n, step)]; assert sum(sizes) == n and 1 <= step <= max(1, math.ceil(1.5*most)) and (step > most/2 or step == n)
+        assert len(sizes) <= max(1, round(n/most)) and sizes[-1] > step-len(sizes)

@@ -99,6 +99,14 @@ def test_times_may_be_dates_in_words(r, tmp_path):
     with pytest.raises(ImecdError, match='it has Kunde, ArtNr$'): r.recommend_table(tmp_path/'f.csv')
 
 
+@pytest.mark.parametrize('user, told', [(None, 'missing'), (' NaN ', "' NaN '")])
+def test_a_row_of_nobody_is_named_where_the_table_has_it(user, told, r):
+    "Before what else is wrong with its items, and by its row in the table that was given, not in the order of time."
+    table = pl.DataFrame({'user': ['u', user, 'u'], 'item': [r.shelf.ids[0], r.shelf.ids[1], 'no such item'], 'timestamp': [3, 2, 1]})
+    for unknown in ('refuse', 'skip'):
+        with pytest.raises(ImecdError, match=f'^the table, row 2: user is {told}; every row needs a user$'): table_histories(r.shelf, table, unknown)
+
+
 @pytest.mark.parametrize('numbers', [[10**17+3, 10**17+1, 10**17+2], [100_000_000_002, 99_999_999_999, 100_000_000_001], [3, 1, 2]])
 def test_numbers_order_alike_as_numbers_and_as_text(numbers, r):
     table = pl.DataFrame({'user': ['u']*3, 'item': r.shelf.ids[:3], 'timestamp': numbers})
