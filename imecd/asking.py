@@ -15,7 +15,7 @@ from .files import look, names_of, nearest, read_table, short
 from .values import id_of, number_of, time_of
 from .features import Features
 from .batch import Batch, SequenceData, block_sizes
-from .ranking import best, block_rows, even_rows, history_pairs
+from .ranking import best, block_rows, even_blocks, history_pairs
 from .threads import askers, cut_parts, side_by_side
 from .content import find_pictures
 from .towers import Histories, pack_histories
@@ -160,13 +160,13 @@ def top_items(
 )->tuple[Tensor, Tensor]: # (R, k) dense ids, PAD where there are no more; (R, k) scores
     "The best items of each history."
     rows = Histories.of(rows, len(shelf)); order = rows.lengths.argsort(stable=True)  # neighbours of one length waste no padding
-    threads = askers(model); most = block_rows(len(shelf)+1, 'cpu', None, threads)
+    threads = askers(model); most = block_rows(len(shelf)+1, 'cpu', None, threads)  # rows of scores at one time, about
     sizes = block_sizes(rows.lengths[order].clamp(max=shelf.length), 512) if getattr(model, 'bias', shelf.counts).device.type == 'cpu' else 512
     def lists(query, at):
         scores = model.score(query).to(shelf.counts.device); hide = None
         if exclude_seen: some = rows[at]; hide = history_pairs((some.items, some.offsets), torch.full((len(at),), PAD), len(shelf))
         items = best(scores, k, hide); return items, scores.gather(1, items)
-    def part(at): query, step = model.query(read_rows(model, shelf, rows[at])), even_rows(len(at), most); return [lists(query[b:b+step], at[b:b+step]) for b in range(0, len(at), step)]
+    def part(at): query = model.query(read_rows(model, shelf, rows[at])); return [lists(query[b], at[b]) for b in even_blocks(len(at), most)]
     parts = cut_parts(order.split(sizes), threads); out = [x for found in side_by_side(part, parts, threads) for x in found]
     back = order.argsort(); return tuple(torch.cat(x)[back] for x in zip(*out))
 
@@ -247,7 +247,7 @@ def _moments(
 # %% ../nbs/11g_asking.ipynb #25a9d959
 def open_table(
     table, # a polars DataFrame, or a file
-)->tuple[pl.DataFrame, str|None]: # as it is; the column that tells its order: `order`, `timestamp` or `day_group`
+)->tuple[pl.DataFrame, str|None]: # as it is; its column that tells the order, `order`, `timestamp` or `day_group`, or None
     "Events of users."
     source = look(Path(table)) if isinstance(table, (str, Path)) else None; what = type(table)
     if source is None and not isinstance(table, pl.DataFrame): raise ImecdError(f"a table is wanted, a polars DataFrame or a file, not {'a pandas ' if (pandas := what.__module__.startswith('pandas')) else ''}{what.__name__}{'; polars.from_pandas makes one' if pandas else ''}")
@@ -257,13 +257,21 @@ def open_table(
     return read_table(source, [c for c in (USER, ITEM, when) if c]) if source else table, when
 
 # %% ../nbs/11g_asking.ipynb #plain012
+def _owned(
+    table:pl.DataFrame, # events
+)->None:
+    "Refuse a table with a row of nobody."
+    _whole(table, USER, id_of(USER, table.schema[USER]), 'every row needs a user')
+
 def _in_order(
     table:pl.DataFrame, # events
     when:str|None,      # from `open_table`
-)->pl.DataFrame:
-    "Oldest first; as it is where nothing tells."
+)->pl.DataFrame: # oldest first; as it is where nothing tells
+    "Sort events; where a row has no time, a row without a user is named before it."
     if when is None: return table
-    _whole(table, when, key := _moments(table, when), f"give every row {'a number' if when == ORDER else 'its time, seconds since 1970 or like 2024-05-31 18:00'}, or leave the column out where rows are in order"); return table.sort(key, maintain_order=True)
+    key = _moments(table, when)
+    if table.select(key.is_null().any()).item(): _owned(table); _whole(table, when, key, f"give every row {'a number' if when == ORDER else 'its time, seconds since 1970 or like 2024-05-31 18:00'}, or leave the column out where rows are in order")
+    return table.sort(key, maintain_order=True)
 
 # %% ../nbs/11g_asking.ipynb #4d52efd0
 def table_histories(
@@ -273,8 +281,8 @@ def table_histories(
 )->tuple[list, Histories]: # users as they are, in the order in which they come; their histories in dense ids
     "The histories of a table of events."
     table, when = open_table(table); known = _in_order(table, when).select(USER, ITEM, id=pl.col(ITEM).cast(pl.String)).join(shelf.numbers, left_on='id', right_on=ITEM, how='left', maintain_order='left')
-    grouped, lost = known.group_by(USER, maintain_order=True).agg(pl.col('k').drop_nulls()), known.filter(pl.col('k').is_null()); own = id_of(USER, table.schema[USER])
-    if grouped.select(own.is_null().any()).item(): _whole(table, USER, own, 'every row needs a user')  # looked for among users, which are fewer
+    grouped, lost = known.group_by(USER, maintain_order=True).agg(pl.col('k').drop_nulls()), known.filter(pl.col('k').is_null())
+    if grouped.select(id_of(USER, table.schema[USER]).is_null().any()).item(): _owned(table)  # users are fewer than rows
     if len(lost) and unknown != 'skip': raise _unknown(shelf, lost[ITEM][0], f'the table, user {short(lost[USER][0])}')
     if len(lost): warnings.warn(f"the table: left out {len(lost)} of {len(known)} rows whose items this model does not know: {', '.join(short(i, 30) for i in lost[ITEM].unique(maintain_order=True)[:5])}", stacklevel=3)
     laid = lambda numbers: torch.from_numpy(numbers.cast(pl.Int64).to_numpy(writable=True)); n = laid(grouped['k'].list.len())

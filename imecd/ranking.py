@@ -12,7 +12,7 @@ from .catalogue import aligned
 
 # %% auto #0
 __all__ = ['STRIP', 'plot_conventions', 'history_pairs', 'Ranks', 'ranks', 'plot_rank', 'Distinct', 'distinct', 'block_rows',
-           'rank_dot', 'best', 'both_lists', 'even_rows']
+           'rank_dot', 'best', 'both_lists', 'even_blocks']
 
 # %% ../nbs/08a_ranking.ipynb #101440fc
 def plot_conventions(
@@ -287,9 +287,9 @@ def both_lists(
     return top, masked
 
 # %% ../nbs/08a_ranking.ipynb #even0002
-def even_rows(
-    n:int,    # rows that there are, at least one
-    most:int, # rows of a block, about
-)->int: # rows of a block, at most half as many again
-    "Rows are cut into blocks of one size, as near to what is wanted as whole numbers of blocks allow."
-    return -(-n//max(1, round(n/most)))
+def even_blocks(
+    n:int,    # rows that there are
+    rows:int, # of a block, about
+)->list[slice]: # none has more than half as many again
+    "As many blocks as n/rows says, rounded; they differ by one row at most."
+    k = max(1, round(n/rows)); return [slice(n*i//k, n*(i+1)//k) for i in range(k)]

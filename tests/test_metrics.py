@@ -21,7 +21,7 @@ from imecd.core import ImecdError
 from imecd.histories import leave_one_out
 from imecd.metrics import (Evaluation, by_user, coverage, evaluate, gini, hr, ild, mean, measure, mrr, ndcg, percentiles, plot_discount, plot_ranks,
                            plot_slices, popularity, quarters, slices, summary, user_means)
-from imecd.ranking import STRIP, best, block_rows, distinct, even_rows, history_pairs, rank_dot, ranks
+from imecd.ranking import STRIP, best, block_rows, distinct, even_blocks, history_pairs, rank_dot, ranks
 from imecd.significance import bootstrap, compare, holm, paired, plot_compare, users_needed
 from imecd.threads import askers, cut_parts, side_by_side
 
@@ -491,7 +491,7 @@ def test_a_block_of_scores_takes_128_mb_at_most(n, kind):
 
 
 @pytest.mark.parametrize('most', [1, 2, 3, 16, 349, 10**6])
-def test_even_blocks_are_of_one_size_and_not_half_as_large_again(most):
-    for n in {*range(1, 60), 3*most//2, 3*most//2+1, 5*most, 5*most+1}-{0}:
-        step = even_rows(n, most); sizes = [min(step, n-a) for a in range(0, n, step)]; assert sum(sizes) == n and 1 <= step <= max(1, math.ceil(1.5*most)) and (step > most/2 or step == n)
-        assert len(sizes) <= max(1, round(n/most)) and sizes[-1] > step-len(sizes)
+def test_even_blocks_differ_by_one_row_and_are_not_half_as_large_again(most):
+    for n in {*range(60), 3*most//2, 3*most//2+1, 5*most, 5*most+1}:
+        blocks = even_blocks(n, most); sizes = [b.stop-b.start for b in blocks]; assert [*range(n)] == [k for b in blocks for k in range(b.start, b.stop)]
+        assert max(sizes)-min(sizes) <= 1 and max(sizes) <= math.ceil(1.5*most) and (min(sizes) >= int(.75*most) or len(blocks) == 1)

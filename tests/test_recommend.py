@@ -101,10 +101,11 @@ def test_times_may_be_dates_in_words(r, tmp_path):
 
 @pytest.mark.parametrize('user, told', [(None, 'missing'), (' NaN ', "' NaN '")])
 def test_a_row_of_nobody_is_named_where_the_table_has_it(user, told, r):
-    "Before what else is wrong with its items, and by its row in the table that was given, not in the order of time."
-    table = pl.DataFrame({'user': ['u', user, 'u'], 'item': [r.shelf.ids[0], r.shelf.ids[1], 'no such item'], 'timestamp': [3, 2, 1]})
+    "Before what else is wrong with items and times, and by its row in the table that was given, not in the order of time."
+    table = pl.DataFrame({'user': ['u', user, 'u'], 'item': [r.shelf.ids[0], r.shelf.ids[1], 'no such item'], 'timestamp': [2, 3, 1]})
     for unknown in ('refuse', 'skip'):
         with pytest.raises(ImecdError, match=f'^the table, row 2: user is {told}; every row needs a user$'): table_histories(r.shelf, table, unknown)
+        with pytest.raises(ImecdError, match=f'^the table, row 2: user is {told}'): table_histories(r.shelf, table.with_columns(timestamp=pl.Series([None, 3, 1])), unknown)
 
 
 @pytest.mark.parametrize('numbers', [[10**17+3, 10**17+1, 10**17+2], [100_000_000_002, 99_999_999_999, 100_000_000_001], [3, 1, 2]])
@@ -127,10 +128,11 @@ def test_an_explanation_is_short_on_paper_and_whole_in_a_file(r, tmp_path):
 
 @pytest.mark.parametrize('n', [1, 3])
 def test_answers_do_not_depend_on_blocks_and_threads(r, shop, monkeypatch, threads, n):
-    events, met = pl.read_parquet(shop/'interactions.parquet'), []; whole = r.recommend_table(events, 5); threads(n)
+    events, met = pl.read_parquet(shop/'interactions.parquet'), []; whole = [r.recommend_table(events, 5, hide) for hide in (False, True)]; threads(n)
     def small(lengths, most): met.append(block_sizes(lengths, most, 40)); return met[-1]
-    monkeypatch.setattr('imecd.asking.block_sizes', small); parts = r.recommend_table(events, 5)
-    assert len(met[0]) > 10 and whole['user'].equals(parts['user']) and np.allclose(whole['score'], parts['score'], atol=1e-5) and (whole['item'] == parts['item']).mean() > .98  # scores nearer than rounding may change places
+    def same(a, b): return a['user'].equals(b['user']) and np.allclose(a['score'], b['score'], atol=1e-5) and (a['item'] == b['item']).mean() > .98  # scores nearer than rounding may change places
+    monkeypatch.setattr('imecd.asking.block_sizes', small); assert all(same(a, r.recommend_table(events, 5, hide)) for a, hide in zip(whole, (False, True))) and len(met[0]) > 10 and max(met[0]) > 6
+    monkeypatch.setattr('imecd.asking.block_rows', lambda *_: 2); assert all(same(a, r.recommend_table(events, 5, hide)) for a, hide in zip(whole, (False, True)))  # scores of two histories at one time
 
 
 def test_only_what_is_read_matters(r):
