@@ -4,13 +4,14 @@
 
 # %% ../nbs/00_core.ipynb #1b077684
 from __future__ import annotations
-import difflib, hashlib, json, os, random, shutil, tempfile
+import difflib, hashlib, json, os, random, secrets, shutil
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 import numpy as np
 import torch
+from numpy.random import Generator, default_rng
 
 # %% auto #0
 __all__ = ['USER', 'ITEM', 'TIME', 'ORDER', 'DAY', 'RATING', 'EVENT_COLUMNS', 'PAD', 'MODALITIES', 'STREAMS', 'COLOURS', 'CYCLE',
@@ -122,9 +123,9 @@ def digest(
 # %% ../nbs/00_core.ipynb #080b40f2
 def rng(
     *key, # a seed and whatever names this use of it
-)->np.random.Generator:
+)->Generator:
     "A numpy generator that depends on its key alone."
-    return np.random.default_rng(int(digest(*key)[:16], 16))
+    return default_rng(int(digest(*key)[:16], 16))
 
 # %% ../nbs/00_core.ipynb #8169d09d
 def twins(
@@ -171,15 +172,21 @@ def pick_device(
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #2c644199
+def _beside(
+    path:Path, # a file or folder
+    suffix:str='', # of the name
+)->Path:
+    "A path in the same folder that nobody else has."
+    return path.parent/f'.{path.name}.{secrets.token_hex(8)}{suffix}'
+
 @contextmanager
 def whole(
     path:str|Path, # the file to write
 ):
     "A path to write to; it becomes `path` when the block ends, and vanishes when the block fails."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=path.suffix)
-    os.close(fd); os.chmod(name, 0o644); part = Path(name)
-    try: yield part; os.replace(part, path)
+    part = _beside(path, path.suffix)
+    try: part.touch(exist_ok=False); part.chmod(0o644); yield part; os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #d1562530
@@ -198,9 +205,9 @@ def whole_folder(
 ):
     "A folder to fill; it becomes `path` when the block ends, and vanishes when the block fails."
     path = free_folder(path); path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.')); part.chmod(0o755)
+    part = _beside(path)
     try:
-        yield part
+        part.mkdir(); part.chmod(0o755); yield part
         if path.exists(): path.rmdir()
         os.replace(part, path)
     finally: shutil.rmtree(part, ignore_errors=True)

@@ -1,10 +1,14 @@
 "Equal rows are found exactly, whatever the hash says; sums are never in less than single precision."
+import contextlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from imecd import core
-from imecd.core import same_rows, twins, wide
+from imecd.core import same_rows, twins, whole, whole_folder, wide
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,3 +41,38 @@ def test_a_row_of_nan_equals_no_other(): x = torch.tensor([[1., torch.nan], [1.,
 
 @pytest.mark.parametrize('dtype, wanted', [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_wide(dtype, wanted): assert wide(torch.ones(2, dtype=dtype)).dtype == wanted
+
+
+@pytest.mark.parametrize('hand', [whole, whole_folder])
+def test_an_interrupt_at_any_instruction_leaves_nothing_or_everything(hand, tmp_path):
+    "Between the making of a temporary name and the block that removes it, Ctrl-C once left it behind."
+    made, ours = tmp_path/'made', hand.__wrapped__.__code__
+
+    def written(n):
+        "Whether all was written before the n-th instruction."
+        left = [n]
+        def step(frame, event, _):
+            left[0] -= event == 'opcode'
+            if left[0] < 0: raise KeyboardInterrupt
+            return step
+        def enter(frame, *_):
+            if frame.f_code is not ours and frame.f_code.co_filename != contextlib.__file__: return None
+            frame.f_trace_opcodes = True; return step
+        before = sys.gettrace(); sys.settrace(enter)
+        try:
+            with hand(made) as part: (part if hand is whole else part/'told').write_text('all')
+        except KeyboardInterrupt: return False
+        finally: sys.settrace(before)
+        return True
+
+    ends = []
+    for n in range(10_000):
+        done = written(n); found = [*tmp_path.iterdir()]; ends.append(len(found)); assert found in ([], [made]) and (found or not done), n
+        for path in found: file = path if hand is whole else path/'told'; assert file.read_text() == 'all'; file.unlink(); hand is whole or path.rmdir()
+        if done: break
+    assert done and n > 100 and 0 in ends[1:-1]
+
+
+def test_numpys_random_numbers_are_there_before_work_begins():
+    "Numpy loads them when they are first asked for, and an interrupt in that moment was swallowed: a shop was made in spite of Ctrl-C."
+    subprocess.run([sys.executable, '-c', "import sys, imecd.core; sys.exit('numpy.random' not in sys.modules)"], check=True)
