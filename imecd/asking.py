@@ -70,7 +70,7 @@ def _unknown(
     where:str,   # for the message
 )->ImecdError:
     "The error for an id that is not there."
-    close = nearest(str(item), shelf.places, .7) if len(shelf) <= 50_000 and len(str(item)) <= 100 else ''; hint = f'; did you mean {close!r}?' if close else '; it is a title: ask by_title, or --by title' if str(item) in shelf.titles[1:] else ''
+    told = str(item).casefold(); close = next((i for i in shelf.places if i.casefold() == told), '') or (nearest(str(item), shelf.places, .7) if len(shelf) <= 50_000 and len(told) <= 100 else ''); hint = f'; did you mean {close!r}?' if close else '; it is a title: ask by_title, or --by title' if str(item) in shelf.titles[1:] else ''
     return ImecdError(f"{where}: {short(item)} is no item of this model{hint} (unknown='skip', or --unknown skip, leaves such items out)")
 
 # %% ../nbs/11g_asking.ipynb #plain009
@@ -253,7 +253,7 @@ def open_table(
     if source is None and not isinstance(table, pl.DataFrame): raise ImecdError(f"a table is wanted, a polars DataFrame or a file, not {'a pandas ' if (pandas := what.__module__.startswith('pandas')) else ''}{what.__name__}{'; polars.from_pandas makes one' if pandas else ''}")
     names = list(source.schema) if source else table.columns; when = next((c for c in (ORDER, TIME, DAY) if c in names), None)
     for name in (USER, ITEM):
-        if name not in names: raise ImecdError(f"the table has no column {name!r}; it has {names_of(names) or 'none'}")
+        if name not in names: raise ImecdError(f"the table has no column {name!r}; it has {names_of(names) or 'none'}; rename the one that holds it")
     return read_table(source, [c for c in (USER, ITEM, when) if c]) if source else table, when
 
 # %% ../nbs/11g_asking.ipynb #plain012
@@ -283,7 +283,7 @@ def table_histories(
     table, when = open_table(table); known = _in_order(table, when).select(USER, ITEM, id=pl.col(ITEM).cast(pl.String)).join(shelf.numbers, left_on='id', right_on=ITEM, how='left', maintain_order='left')
     grouped, lost = known.group_by(USER, maintain_order=True).agg(pl.col('k').drop_nulls()), known.filter(pl.col('k').is_null())
     if grouped.select(id_of(USER, table.schema[USER]).is_null().any()).item(): _owned(table)  # users are fewer than rows
-    if len(lost) and unknown != 'skip': raise _unknown(shelf, lost[ITEM][0], f'the table, user {short(lost[USER][0])}')
+    if len(lost) and unknown != 'skip': _whole(table, ITEM, id_of(ITEM, table.schema[ITEM]), 'every row needs an item'); raise _unknown(shelf, lost[ITEM][0], f'the table, user {short(lost[USER][0])}')
     if len(lost): warnings.warn(f"the table: left out {len(lost)} of {len(known)} rows whose items this model does not know: {', '.join(short(i, 30) for i in lost[ITEM].unique(maintain_order=True)[:5])}", stacklevel=3)
     laid = lambda numbers: torch.from_numpy(numbers.cast(pl.Int64).to_numpy(writable=True)); n = laid(grouped['k'].list.len())
     return grouped[USER].to_list(), Histories(laid(grouped['k'].explode().drop_nulls()), torch.cat([n.new_zeros(1), n.cumsum(0)]))

@@ -103,6 +103,7 @@ class Explanation:
     def plot(self): return plot_explanation(self)
     def save(self, file:str|Path)->None:
         "Write it as an HTML page of its own."
+        if Path(file).suffix.lower() not in ('.html', '.htm'): raise ImecdError(f'{file}: an explanation becomes a page; give a name that ends in .html (plot() draws the figure)')
         with whole(file) as part: part.write_text(f'<!doctype html><meta charset="utf-8"><title>Why these items</title>{page(self)}', encoding='utf-8')
     def _repr_html_(self)->str: return page(self)
 

@@ -51,6 +51,15 @@ def hub_class()->type:
             return cls(Recommender(*read_recommender(folder, folder.parents[1], device)))
     return Kept
 
+def _from_hub(
+    name:str, # OWNER/NAME
+    **hub,    # what the hub's methods take
+)->Recommender:
+    "What the hub has under a name; a folder that has moved looks like one."
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try: return hub_class().from_pretrained(name, **hub).inner
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as e: raise ImecdError(f'there is no folder {name}, and no recommender came from the hub under this name ({type(e).__name__}); check the name, and the way to the hub') from e
+
 # %% ../nbs/12_recommend.ipynb #d41bc0e8
 class Recommender:
     "A trained model that answers in raw ids."
@@ -96,7 +105,7 @@ class Recommender:
     def from_pretrained(cls, name:str|Path, device:str='cpu', **hub):
         "From a folder, or from the hub."
         if not Path(name).is_dir() and (str(name)[:1] in './~' or str(name).count('/') > 1): raise ImecdError(f'there is no folder {name}; save_pretrained makes one')
-        return cls(*read_recommender(name, None, device)) if Path(name).is_dir() else hub_class().from_pretrained(name, device=device, **hub).inner
+        return cls(*read_recommender(name, None, device)) if Path(name).is_dir() else _from_hub(name, device=device, **hub)
 
 # %% ../nbs/12_recommend.ipynb #76385ddf
 def _empty(

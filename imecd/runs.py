@@ -129,7 +129,7 @@ def load_run(
     if (folder/'catalogue.safetensors').is_file(): raise ImecdError(f'{folder} is what save_pretrained wrote, and no run; open it by Recommender.from_pretrained')
     if not (folder/'config.json').is_file():
         inside, begun = sorted(p.parent for p in folder.glob('*/config.json')), folder.with_name(f'{folder.name}.training')
-        raise ImecdError(f"{folder} is not a run folder; {f'did you mean {inside[0]}?' if inside else f'{begun} holds a training that was stopped: go on with --resume' if begun.exists() else f'`imecd train DATA --out {folder}` makes one'}")
+        raise ImecdError(f"{folder} is not a run folder; {f'did you mean {inside[0]}?' if inside else f'{begun} holds a training that was stopped: go on with --resume' if begun.exists() else f'it is a data set: `imecd train {folder} --out RUN` makes a run of it' if (folder/'interactions.parquet').is_file() else f'`imecd train DATA --out {folder}` makes one'}")
     config, metrics, origin = (load_json(folder/f'{name}.json') for name in ('config', 'metrics', 'provenance'))
     for content, name, keys in ((config, 'config', ('model', 'settings', 'split', 'length', 'k_core')), (origin, 'provenance', ('data', 'code', 'time'))):
         if not isinstance(content, dict) or (missing := [k for k in keys if k not in content]):

@@ -138,6 +138,7 @@ MISTAKES = {
     'a file as data set': (('data', 'check', '{shop}/items.parquet'), 'is a file, not a data set'),
     'demo elsewhere': (('demo', '{shop}'), 'is not empty'),
     'no run': (('eval', 'nowhere'), 'is not a run folder'),
+    'a data set for a run': (('recommend', '{shop}', '--history', 'x'), 'it is a data set: `imecd train'),
     'folder exists': (('data', 'shop', '{shop}'), 'is not empty'),
     'category': (('data', 'amazon', 'Toys_and_Game', 'x', '--year', '2018'), 'Toys_and_Games'),
     'k-core too high': (('data', 'check', '{shop}', '--k-core', '5000'), 'no event is left by the 5000-core'),

@@ -96,7 +96,7 @@ def test_times_may_be_dates_in_words(r, tmp_path):
     table = pl.DataFrame({'user': ['u']*3, 'item': r.shelf.ids[:3], 'timestamp': ['2024-01-03', '2024-01-01 10:00', '2024-01-02T09:00:00']}); table.write_csv(tmp_path/'t.csv')
     for t in (table, tmp_path/'t.csv', table.with_columns(timestamp=pl.Series([3., 1., 2.])), table.rename({'timestamp': 'day_group'})): assert [*table_histories(r.shelf, t)[1]] == [[2, 3, 1]]
     pl.DataFrame({'Kunde': ['u'], 'ArtNr': ['a']}).write_csv(tmp_path/'f.csv')
-    with pytest.raises(ImecdError, match='it has Kunde, ArtNr$'): r.recommend_table(tmp_path/'f.csv')
+    with pytest.raises(ImecdError, match='it has Kunde, ArtNr; rename the one that holds it$'): r.recommend_table(tmp_path/'f.csv')
 
 
 @pytest.mark.parametrize('user, told', [(None, 'missing'), (' NaN ', "' NaN '")])
@@ -416,3 +416,24 @@ def test_hub_files_may_be_links_into_its_cache_and_nowhere_else(kept, r, tmp_pat
     (snapshot/'items.parquet').unlink(); shutil.copy(kept/'items.parquet', tmp_path/'elsewhere.parquet'); (snapshot/'items.parquet').symlink_to(tmp_path/'elsewhere.parquet')
     with pytest.raises(ImecdError, match='leads out of it'): Recommender.from_pretrained('someone/imecd')
     hub_class.cache_clear()
+
+
+@pytest.mark.parametrize('name', ['kept', 'a/b', '-no name-'])
+def test_a_folder_that_has_moved_is_said_not_to_be_there(name, monkeypatch):
+    "Without a folder the name is one of the hub, which has nothing, or cannot be asked."
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(ImecdError, match=f'^there is no folder {name}, and no recommender came from the hub under this name'): Recommender.from_pretrained(name)
+
+
+@pytest.mark.parametrize('name', ['why.png', 'why', 'why.html.txt'])
+def test_an_explanation_is_no_picture(name, r, tmp_path):
+    with pytest.raises(ImecdError, match='ends in .html'): r.explain(r.shelf.ids[:2]).save(tmp_path/name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_without_an_item_and_an_id_in_other_letters(r):
+    first = r.shelf.ids[0]; table = pl.DataFrame({'user': ['u', 'u'], 'item': [first, None]})
+    with pytest.raises(ImecdError, match='^the table, row 2: item is missing; every row needs an item$'): r.recommend_table(table)
+    with pytest.warns(UserWarning, match='left out 1 of 2 rows'): r.recommend_table(table, unknown='skip')
+    with pytest.raises(ImecdError, match=f"did you mean '{first}'"): r.recommend([first.lower()])
